@@ -1,0 +1,1 @@
+"""PCI functions, wherever they live."""
