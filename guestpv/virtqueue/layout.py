@@ -29,7 +29,7 @@ CACHE_LINE = 64
 
 @dataclass(frozen=True, slots=True)
 class Area:
-    """One part of a virtqueue: bytes from the start of the ring memory, size, alignment the standard asks for."""
+    """One part of a virtqueue: bytes from the start of the ring memory, and the alignment it has to have."""
 
     offset: int
     size: int
@@ -193,5 +193,6 @@ def packed_rings(desc: Bytes, driver: Bytes, device: Bytes, queue_size: int) -> 
 
 def ring_views(memory: Bytes, layout: RingLayout) -> SplitRings | PackedRings:
     """Views on ring memory (uint8, at least ``layout.total`` bytes) laid out as ``layout`` says."""
-    areas = (memory[area.offset : area.end] for area in (layout.desc, layout.driver, layout.device))
-    return (packed_rings if layout.packed else split_rings)(*areas, layout.queue_size)
+    parts = [memory[area.offset : area.end] for area in (layout.desc, layout.driver, layout.device)]
+    views = packed_rings if layout.packed else split_rings
+    return views(parts[0], parts[1], parts[2], layout.queue_size)
