@@ -153,43 +153,47 @@ class DmaPool:
         if self._closed:
             raise UsageError("this DMA pool is closed: the device no longer has its memory")
         for number in range(len(self._regions)):
-            buffer = self._cut(number, size, align)
+            buffer = self._cut(number, size, align, seams=False)
             if buffer is not None:
                 return buffer
-        region = self._space.map(-(-size // CHUNK) * CHUNK if size > CHUNK // 2 else CHUNK)
+        region = self._space.map(-(-size // CHUNK) * CHUNK)
+        number = len(self._regions)
         self._regions.append(region)
-        self._free[len(self._regions) - 1] = [(0, int(region.array.nbytes))]
-        buffer = self._cut(len(self._regions) - 1, size, align)
+        self._free[number] = [(0, int(region.array.nbytes))]
+        buffer = self._cut(number, size, align, seams=False) or self._cut(number, size, align, seams=True)
         if buffer is None:
             raise GuestpvError(f"the DMA space gave {region.array.nbytes} bytes where {size} were asked for")
         return buffer
 
-    def _cut(self, number: int, size: int, align: int) -> DmaBuffer | None:
+    def _cut(self, number: int, size: int, align: int, *, seams: bool) -> DmaBuffer | None:
+        """A buffer from one region; with ``seams`` it may lie across two of the region's segments."""
         region = self._regions[number]
         free = self._free[number]
         for position, (start, length) in enumerate(free):
-            aligned = -(-start // align) * align
-            pad = aligned - start
-            if length < pad + size:
-                continue
-            whole = DmaBuffer(region.array, region.segments, region.pointer, None)[aligned : aligned + size]
-            if len(region.segments) > 1 and len(whole.segments) > 1 and self._seam(region, aligned, size):
-                continue
-            free[position : position + 1] = [
-                piece
-                for piece in ((start, pad), (aligned + size, length - pad - size))
-                if piece[1]
-            ]
-            whole.array[:] = 0
-            buffer = DmaBuffer(whole.array, whole.segments, whole.pointer, self)
-            self._out[buffer.pointer] = (number, aligned, size)
-            return buffer
+            for begin in self._places(region, start, start + length):
+                aligned = -(-begin // align) * align
+                if aligned + size > start + length:
+                    continue
+                part = DmaBuffer(region.array, region.segments, region.pointer, None)[aligned : aligned + size]
+                if len(part.segments) > 1 and not seams:
+                    continue
+                rest = ((start, aligned - start), (aligned + size, start + length - aligned - size))
+                free[position : position + 1] = [piece for piece in rest if piece[1]]
+                part.array[:] = 0
+                part.owner = self
+                self._out[part.pointer] = (number, aligned, size)
+                return part
         return None
 
     @staticmethod
-    def _seam(region: DmaRegion, start: int, size: int) -> bool:
-        """Whether a later place in the region would spare a buffer the seam between two segments."""
-        return any(segment.length >= size for segment in region.segments) and size <= 4096
+    def _places(region: DmaRegion, start: int, stop: int) -> list[int]:
+        """Where a buffer may begin in a free stretch: its start, and each segment that starts in it."""
+        places, position = [start], 0
+        for segment in region.segments:
+            if start < position < stop:
+                places.append(position)
+            position += segment.length
+        return places
 
     def free(self, buffer: DmaBuffer) -> None:
         """Give a buffer back. The device must be done with it.
