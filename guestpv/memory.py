@@ -174,7 +174,9 @@ class DmaPool:
                 aligned = -(-begin // align) * align
                 if aligned + size > start + length:
                     continue
-                part = DmaBuffer(region.array, region.segments, region.pointer, None)[aligned : aligned + size]
+                part = DmaBuffer(region.array, region.segments, region.pointer, None)[
+                    aligned : aligned + size
+                ]
                 if len(part.segments) > 1 and not seams:
                     continue
                 rest = ((start, aligned - start), (aligned + size, start + length - aligned - size))

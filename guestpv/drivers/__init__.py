@@ -1,0 +1,1 @@
+"""The guest half of each device type, one file a type."""

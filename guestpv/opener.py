@@ -1,0 +1,128 @@
+"""``guestpv.open``: from a specification to a transport. The only place that knows every scheme.
+
+A specification is ``scheme:body[?key=value&...]``, percent-encoded; a bare PCI address means ``vfio:``.
+"""
+
+from __future__ import annotations
+
+import importlib
+import re
+from dataclasses import dataclass, field
+from typing import Protocol
+from urllib.parse import parse_qsl, unquote
+
+from .errors import UsageError
+from .pci.function import PciFunction
+from .spec import features as feat
+from .transport.base import FeatureFilter, Transport
+from .transport.pci import PciTransport
+
+SCHEMES = {
+    "vfio": "guestpv.vfio.function",
+    "loopback": "guestpv.devices.loopback",
+    "qtest": "guestpv.pci.qtest",
+}
+"""Scheme -> module whose ``open_function(body, params)`` gives the PCI function."""
+
+DRIVERS = {feat.RNG: ("guestpv.drivers.rng", "Rng"), feat.NET: ("guestpv.drivers.net", "Net")}
+"""Virtio device id -> module and class of its driver."""
+
+_ADDRESS = re.compile(r"(?:[0-9a-fA-F]{4,8}:)?[0-9a-fA-F]{2}:[0-1][0-9a-fA-F]\.[0-7]\Z")
+
+
+class Driver(Protocol):
+    """A device driver on a transport."""
+
+    transport: Transport
+
+    def close(self) -> None:
+        """Reset the device and give everything back."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Spec:
+    """A parsed specification."""
+
+    scheme: str
+    body: str
+    params: dict[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def parse(cls, text: str) -> Spec:
+        """Parse ``scheme:body?key=value`` or a bare PCI address.
+
+        Raises:
+            UsageError: not of this form, or the scheme is unknown.
+        """
+        head, _, query = text.partition("?")
+        if _ADDRESS.match(head):
+            head = f"vfio:{head}"
+        scheme, colon, body = head.partition(":")
+        if not colon or scheme not in SCHEMES:
+            raise UsageError(
+                f"{text!r} is neither a PCI address nor scheme:body with a known scheme",
+                hint="such as 0000:01:00.0, vfio:0000:01:00.0, loopback:net; schemes: " + " ".join(SCHEMES),
+            )
+        body = unquote(body)
+        if scheme == "vfio" and _ADDRESS.match(body):
+            body = body.lower() if body.count(":") == 2 else f"0000:{body.lower()}"
+        return cls(scheme, body, dict(parse_qsl(query, keep_blank_values=True)))
+
+
+def open_function(spec: str | Spec) -> PciFunction:
+    """The PCI function that a specification names, not yet looked at."""
+    parsed = spec if isinstance(spec, Spec) else Spec.parse(spec)
+    module = importlib.import_module(SCHEMES[parsed.scheme])
+    function: PciFunction = module.open_function(parsed.body, parsed.params)
+    return function
+
+
+def open(spec: str) -> Transport:
+    """Open a device: a transport, reset and not negotiated.
+
+    ``features=+a,-b`` and ``mode=msix|intx|poll`` are understood for every scheme, what else there is
+    depends on the scheme.
+
+    Raises:
+        UsageError: the specification is not well formed.
+        GuestpvError: the device could not be opened; nothing is left behind.
+    """
+    parsed = Spec.parse(spec)
+    wishes = parsed.params.pop("features", "")
+    mode = parsed.params.pop("mode", "")
+    if mode not in ("", "msix", "intx", "poll"):
+        raise UsageError(f"mode is msix, intx or poll, not {mode!r}", where=spec)
+    function = open_function(parsed)
+    try:
+        transport = PciTransport(function)
+        transport.feature_filter = FeatureFilter.parse(wishes, transport.device_type)
+        if mode:
+            transport.mode = mode  # type: ignore[assignment]
+        transport.reset()
+    except BaseException:
+        function.close()
+        raise
+    return transport
+
+
+def open_driver(spec: str) -> Driver:
+    """Open a device and start the driver for its type; closing the driver closes the device.
+
+    Raises:
+        UsageError: there is no driver for this device type.
+    """
+    transport = open(spec)
+    try:
+        if transport.device_type not in DRIVERS:
+            known = ", ".join(feat.DEVICE_NAMES[kind] for kind in DRIVERS)
+            name = feat.DEVICE_NAMES.get(transport.device_type, str(transport.device_type))
+            raise UsageError(
+                f"there is no driver for device type {name}; there is one for {known}", where=spec
+            )
+        module, name = DRIVERS[transport.device_type]
+        driver: Driver = getattr(importlib.import_module(module), name)(transport)
+    except BaseException:
+        transport.close()
+        raise
+    return driver
