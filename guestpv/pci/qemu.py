@@ -1,0 +1,435 @@
+"""A QEMU without a guest: its devices are real, its RAM is ours, its processor is halted.
+
+The guest's RAM is a memfd that this process maps, so a guest-physical address below 4 GiB is an offset
+into our own memory. The BIOS is one halt instruction. QEMU's devices are reached through its qtest
+socket, the machine itself through its monitor (QMP). Nothing needs a privilege or an accelerator.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+import mmap
+import os
+import re
+import select
+import shlex
+import signal
+import socket
+import struct
+import subprocess
+import threading
+import time
+import weakref
+from collections import deque
+from collections.abc import Coroutine, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..errors import DeviceGone, GuestpvError, Refused, TimeLimit, UsageError
+from ..memory import DmaRegion, Segment
+
+PAGE = 4096
+RAM_FIRST = 1 << 20
+"""Below it lie the holes and the BIOS shadow of a PC."""
+RAM_LIMIT = 2 << 30
+"""The q35 machine puts RAM beyond 2 GiB above 4 GiB, where an offset is no longer an address."""
+BIOS_SIZE = 64 << 10
+BIOS_RESET_VECTOR = 0xFFF0
+BIOS_HALT = bytes((0xFA, 0xF4, 0xEB, 0xFD))
+"""``cli; hlt; jmp`` back to the ``hlt``."""
+OLDEST = (7, 2)
+"""First release whose monitor has x-query-virtio-status; ``-object qtest`` is older."""
+DEFAULT_EXECUTABLE = "qemu-system-x86_64"
+
+
+class GuestRam:
+    """The RAM of a QEMU as a DMA space: bus address, guest-physical address and offset are one.
+
+    Args:
+        size: bytes, a multiple of 1 MiB, at most 2 GiB.
+
+    Attributes:
+        fd: the memfd, for QEMU to inherit.
+        array: all of it, 1-D uint8.
+    """
+
+    def __init__(self, size: int) -> None:
+        if size % (1 << 20) or not 2 << 20 <= size <= RAM_LIMIT:
+            raise UsageError(f"guest RAM of {size} bytes: give whole MiB from 2 to {RAM_LIMIT >> 20}")
+        self.size = size
+        self.fd = os.memfd_create("guestpv-ram", os.MFD_CLOEXEC)
+        os.ftruncate(self.fd, size)
+        self._memory = mmap.mmap(self.fd, size)
+        self.array: NDArray[np.uint8] = np.frombuffer(self._memory, dtype=np.uint8)
+        self._free = [(RAM_FIRST, size)]
+        self._returned: deque[tuple[int, int]] = deque()
+
+    def map(self, size: int) -> DmaRegion:
+        """``size`` bytes, rounded up to pages, zeroed and contiguous on the bus.
+
+        Raises:
+            GuestpvError: the guest's RAM is full.
+        """
+        size = -(-size // PAGE) * PAGE
+        while self._returned:
+            start, stop = self._returned.popleft()
+            self._memory.madvise(mmap.MADV_REMOVE, start, stop - start)
+            self._free.append((start, stop))
+        merged: list[tuple[int, int]] = []
+        for start, stop in sorted(self._free):
+            if merged and merged[-1][1] == start:
+                start = merged.pop()[0]
+            merged.append((start, stop))
+        self._free = merged
+        for position, (start, stop) in enumerate(merged):
+            if stop - start >= size:
+                merged[position : position + 1] = [(start + size, stop)] if stop - start > size else []
+                array = np.frombuffer(self._memory, dtype=np.uint8, count=size, offset=start)
+                return DmaRegion(array, (Segment(start, size),), array.ctypes.data)
+        raise GuestpvError(
+            f"the guest's RAM of {self.size >> 20} MiB has no {size} bytes in one piece left",
+            where="qtest",
+            hint="give it more: ?memory=MIB",
+        )
+
+    def unmap(self, region: DmaRegion) -> None:
+        """Let the addresses be used again, once the last view of the region's array is gone."""
+        (segment,) = region.segments
+        place = (segment.address, segment.address + segment.length)
+        weakref.finalize(region.array, self._returned.append, place).atexit = False
+
+    def close(self) -> None:
+        """Close the memfd; the mapping lives on while somebody holds a view of it."""
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+
+
+class Qmp:
+    """QEMU's monitor, through the ``qemu.qmp`` package, for callers that are not asynchronous."""
+
+    def __init__(self, qemu: Qemu, monitor: socket.socket) -> None:
+        try:
+            from qemu.qmp import QMPClient
+        except ImportError as error:
+            raise UsageError(
+                f"QEMU's monitor needs the Python package qemu.qmp ({error})",
+                where=qemu.name,
+                hint="pip install 'guestpv[qemu]'",
+            ) from error
+        self._qemu = qemu
+        self._client = QMPClient("guestpv")
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="guestpv-qmp", daemon=True)
+        self._thread.start()
+        self._run("connect", self._client.connect(monitor), qemu.answer_limit)
+
+    def _run(self, doing: str, work: Coroutine[Any, Any, Any], limit: float) -> Any:
+        from qemu.qmp import ExecuteError, QMPError
+
+        future = asyncio.run_coroutine_threadsafe(work, self._loop)
+        try:
+            return future.result(limit)
+        except TimeoutError:
+            future.cancel()
+            raise self._qemu.stuck(f"QMP {doing}") from None
+        except ExecuteError as error:
+            raise GuestpvError(f"QMP {doing}: {error}", where=self._qemu.name) from error
+        except (QMPError, EOFError, OSError) as error:
+            raise self._qemu.died(f"QMP {doing}") from error
+
+    def execute(self, command: str, arguments: Mapping[str, object] | None = None) -> Any:
+        """Run one command and return what it returned.
+
+        Raises:
+            GuestpvError: QEMU refused it; the message has its own words.
+            TimeLimit: no answer in time; that QEMU was killed.
+            DeviceGone: QEMU is not there any more.
+        """
+        return self._run(
+            command, self._client.execute(command, dict(arguments or {})), self._qemu.answer_limit
+        )
+
+    def wait_event(self, name: str, timeout: float = 5.0) -> dict[str, Any]:
+        """The next event ``name`` of the monitor; other events before it are dropped.
+
+        Raises:
+            TimeLimit: it did not come within ``timeout`` seconds.
+        """
+
+        async def wait() -> dict[str, Any] | None:
+            with contextlib.suppress(asyncio.TimeoutError):
+                async with asyncio.timeout(timeout):
+                    while True:
+                        event = await self._client.events.get()
+                        if event["event"] == name:
+                            return dict(event)
+            return None
+
+        found: dict[str, Any] | None = self._run(f"event {name}", wait(), timeout + self._qemu.answer_limit)
+        if found is None:
+            raise TimeLimit(f"QMP event {name} did not come within {timeout} s", where=self._qemu.name)
+        return found
+
+    def close(self) -> None:
+        """Disconnect and end the thread."""
+        with contextlib.suppress(Exception):
+            asyncio.run_coroutine_threadsafe(self._client.disconnect(), self._loop).result(1.0)
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join(1.0)
+        if not self._thread.is_alive():
+            self._loop.close()
+
+
+@functools.cache
+def qemu_version(executable: str = DEFAULT_EXECUTABLE) -> tuple[int, int, int]:
+    """Version of a QEMU executable.
+
+    Raises:
+        UsageError: it is missing, or it is not QEMU.
+    """
+    try:
+        said = subprocess.run(
+            [executable, "--version"], capture_output=True, text=True, timeout=20, check=False
+        ).stdout
+    except FileNotFoundError:
+        raise UsageError(
+            f"there is no {executable}",
+            where="qtest",
+            hint="apt install qemu-system-x86, or name one: ?qemu=/path/to/qemu-system-x86_64",
+        ) from None
+    except OSError as error:
+        raise UsageError(f"{executable} does not run: {error.strerror}", where="qtest") from error
+    except subprocess.TimeoutExpired as error:
+        raise TimeLimit(f"`{executable} --version` did not end within 20 s", where="qtest") from error
+    match = re.search(r"QEMU emulator version (\d+)\.(\d+)\.(\d+)", said)
+    if not match:
+        raise UsageError(f"{executable} is not QEMU: its --version says {said[:80]!r}", where="qtest")
+    major, minor, micro = map(int, match.groups())
+    return major, minor, micro
+
+
+class Qemu:
+    """One QEMU process without a guest, killed by its pid when it no longer answers.
+
+    It ends with ``close()``; should this process be killed, a guardian shell ends it.
+
+    Args:
+        options: further command line arguments, such as ``["-device", "virtio-rng-pci"]``.
+        machine: ``q35``, ``pc`` or a versioned one, with properties after a comma.
+        accel: QEMU's accelerator; not KVM.
+        executable: path or name of qemu-system-x86_64.
+        memory: bytes of guest RAM.
+        pass_fds: file descriptors that ``options`` mention.
+        answer_limit: seconds after which a QEMU that does not answer is killed.
+
+    Attributes:
+        ram: its RAM.
+        qtest: our end of the qtest socket.
+        version: of QEMU.
+        name: how messages call it.
+
+    Raises:
+        UsageError: the executable is missing or no QEMU.
+        Refused: it is too old, or the accelerator cannot work here.
+    """
+
+    def __init__(
+        self,
+        options: Sequence[str] = (),
+        *,
+        machine: str = "q35",
+        accel: str = "tcg",
+        executable: str = DEFAULT_EXECUTABLE,
+        memory: int = 256 << 20,
+        pass_fds: Sequence[int] = (),
+        answer_limit: float = 5.0,
+    ) -> None:
+        self.version = qemu_version(executable)
+        self.name = "QEMU " + ".".join(map(str, self.version))
+        if self.version[:2] < OLDEST:
+            raise Refused(
+                f"{self.name} is too old; {OLDEST[0]}.{OLDEST[1]} is the oldest that works",
+                where=executable,
+                hint="name a newer one: ?qemu=/path/to/qemu-system-x86_64",
+            )
+        if accel.split(",")[0] == "kvm":
+            raise Refused(
+                "with KVM the message-signalled interrupts of a QEMU without a guest go nowhere",
+                where=self.name,
+                hint="leave accel= out, or say accel=tcg",
+            )
+        self.answer_limit = answer_limit
+        self.answered = False
+        self._fate: GuestpvError | None = None
+        self._qmp: Qmp | None = None
+        self._closed = False
+        self.ram = GuestRam(memory)
+        self._stderr = os.memfd_create("guestpv-qemu-stderr", os.MFD_CLOEXEC)
+        self.qtest, qtest_theirs = socket.socketpair()
+        self._monitor, monitor_theirs = socket.socketpair()
+        seconds = struct.pack("ll", int(answer_limit), int(answer_limit % 1 * 1e6))
+        self.qtest.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, seconds)
+        self.qtest.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, seconds)
+        bios = os.memfd_create("guestpv-bios", os.MFD_CLOEXEC)
+        os.pwrite(bios, BIOS_HALT, BIOS_RESET_VECTOR)
+        os.ftruncate(bios, BIOS_SIZE)
+        self.command = [
+            executable,
+            *("-machine", f"{machine},pit=off,accel={accel},memory-backend=ram"),
+            *("-nodefaults", "-no-user-config", "-display", "none", "-m", f"{memory >> 20}M"),
+            *("-bios", f"/proc/self/fd/{bios}"),
+            "-object",
+            f"memory-backend-file,id=ram,size={memory},share=on,mem-path=/proc/self/fd/{self.ram.fd}",
+            *("-chardev", f"socket,id=qtest-socket,fd={qtest_theirs.fileno()}"),
+            *("-object", "qtest,id=qtest0,chardev=qtest-socket,log=none"),
+            *("-chardev", f"socket,id=qmp-socket,fd={monitor_theirs.fileno()}"),
+            *("-mon", "chardev=qmp-socket,mode=control"),
+            *options,
+        ]
+        inherited = (bios, self.ram.fd, qtest_theirs.fileno(), monitor_theirs.fileno(), *pass_fds)
+        try:
+            # A session of its own: Ctrl-C in a terminal is for us, who then stop the devices in order.
+            self._process = subprocess.Popen(
+                self.command,
+                stdin=subprocess.DEVNULL,
+                stdout=self._stderr,
+                stderr=self._stderr,
+                pass_fds=inherited,
+                start_new_session=True,
+            )
+        finally:
+            qtest_theirs.close()
+            monitor_theirs.close()
+            os.close(bios)
+        self.pid = self._process.pid
+        self._pidfd = os.pidfd_open(self.pid)
+        # The pid cannot be reused while we live, because only close() reaps it, after the guardian went.
+        self._guardian = subprocess.Popen(
+            ["/bin/sh", "-c", 'read -r _ || kill -9 "$0"', str(self.pid)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+
+    @property
+    def qmp(self) -> Qmp:
+        """Its monitor, connected at the first use."""
+        self.check()
+        if self._qmp is None:
+            self._qmp = Qmp(self, self._monitor)
+        return self._qmp
+
+    def check(self) -> None:
+        """Raise what ended this QEMU, if anything did.
+
+        Raises:
+            DeviceGone: it was closed, died, or had to be killed.
+        """
+        if self._fate is not None:
+            raise DeviceGone(self._fate.message, where=self._fate.where, hint=self._fate.hint)
+        if self._closed:
+            raise DeviceGone("this QEMU was closed", where=self.name)
+
+    def words(self) -> str:
+        """What QEMU has written to its standard output and error, without its own name before each line."""
+        text = os.pread(self._stderr, 1 << 16, 0).decode("utf-8", "replace")
+        prefix = f"{Path(self.command[0]).name}: "
+        return "\n".join(line.removeprefix(prefix) for line in text.splitlines()).strip()
+
+    def stuck(self, doing: str) -> GuestpvError:
+        """Kill a QEMU that did not answer in time; returns the error to raise."""
+        if self._fate is None:
+            busy = self._cpu_share(0.2)
+            state = f"spins at {busy:.0%} CPU" if busy > 0.5 else "hangs"
+            self._send(signal.SIGKILL)
+            said = self.words()
+            self._fate = TimeLimit(
+                f"{self.name} (pid {self.pid}) {state}: no answer to `{doing}` within "
+                f"{self.answer_limit:g} s, so it was killed" + (f"; its last words: {said}" if said else ""),
+                where="qtest",
+                hint="a QEMU that spins after a malformed ring is a defect of that QEMU: try a newer one",
+            )
+        return self._fate
+
+    def died(self, doing: str) -> GuestpvError:
+        """Why a QEMU closed its socket; returns the error to raise."""
+        if self._fate is None:
+            status = self._status(1.0)
+            said = self.words() or "(nothing)"
+            if not self.answered and status is not None and status > 0:
+                self._fate = UsageError(
+                    f"{self.name} refused its options: {said}",
+                    where="qtest",
+                    hint=f"{shlex.quote(self.command[0])} -device DEVICE,help lists a device's properties",
+                )
+            else:
+                how = "closed its socket" if status is None else f"ended with status {status}"
+                if status is not None and status < 0:
+                    how = f"died of {signal.Signals(-status).name}"
+                self._fate = DeviceGone(
+                    f"{self.name} (pid {self.pid}) {how} at `{doing}`; its last words: {said}",
+                    where="qtest",
+                    hint=f"it ran as: {shlex.join(self.command)}",
+                )
+        return self._fate
+
+    def _cpu_share(self, seconds: float) -> float:
+        """Processor time per second that the process takes over the next ``seconds``."""
+
+        def used() -> float:
+            fields = Path(f"/proc/{self.pid}/stat").read_text().rsplit(")", 1)[1].split()
+            return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+        before, start = used(), time.monotonic()
+        time.sleep(seconds)
+        return (used() - before) / (time.monotonic() - start)
+
+    def _send(self, number: signal.Signals) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            signal.pidfd_send_signal(self._pidfd, number)
+
+    def _ended(self, timeout: float) -> bool:
+        """Whether the process ends within ``timeout`` seconds; it is not reaped."""
+        poll = select.poll()
+        poll.register(self._pidfd, select.POLLIN)
+        return bool(poll.poll(timeout * 1000))
+
+    def _status(self, timeout: float) -> int | None:
+        """Exit status of the ended process (negative: signal), None while it runs; it is not reaped."""
+        if not self._ended(timeout):
+            return None
+        result = os.waitid(os.P_PIDFD, self._pidfd, os.WEXITED | os.WNOWAIT)
+        assert result is not None
+        return result.si_status if result.si_code == os.CLD_EXITED else -result.si_status
+
+    def close(self) -> None:
+        """End QEMU: SIGTERM, so that images are flushed, then SIGKILL. Idempotent."""
+        if self._closed:
+            return
+        self._closed = True
+        if self._qmp is not None:
+            self._qmp.close()
+        for number in (signal.SIGTERM, signal.SIGKILL):
+            self._send(number)
+            if self._ended(self.answer_limit):
+                break
+        self._guardian.communicate(b"\n")
+        self._process.wait()
+        os.close(self._pidfd)
+        os.close(self._stderr)
+        self.qtest.close()
+        self._monitor.close()
+        self.ram.close()
+
+    def __enter__(self) -> Qemu:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
