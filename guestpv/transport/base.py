@@ -374,7 +374,7 @@ class Transport(ABC):
         if not packed and largest & (largest - 1):
             raise DeviceViolation(
                 f"queue {index} shows a maximum size of {largest}, which is no power of two",
-                requirement="DEV-PCI-26",
+                requirement="DEV-PCI-30",
                 section="4.1.4.3.1",
                 where=self.name,
             )

@@ -1,0 +1,258 @@
+"""A network device joined to a TAP link: what ``guestpv net up`` runs."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import threading
+from typing import Any
+
+from ..core._core import ffi, lib
+from ..drivers.net import RECEIVE_OFFLOADS, SEND_OFFLOADS, Net, QueuePair, Slab
+from ..errors import DeviceViolation, GuestpvError
+from ..spec import net as spec
+from ..spec.status import Status
+from ..transport.base import Transport
+from .tap import Tap
+
+DEFAULT_NAME = "pv%d"
+LINK_POLL = 1.0
+"""Seconds between looks at the link state where no configuration interrupt announces a change."""
+
+
+class Pump:
+    """One queue pair wired to one TAP queue, in a thread of its own that runs C only."""
+
+    def __init__(self, pair: QueuePair, tap_fd: int, *, header: int, mergeable: bool, spin: bool) -> None:
+        self.pair = pair
+        self._stop = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._keep: list[Any] = []
+        config = ffi.new("struct gpv_pump_config *")
+        config.rx, config.tx = pair.rx.handle, pair.tx.handle
+        config.tap_fd, config.stop_fd = tap_fd, self._stop
+        config.rx_fd = -1 if spin else pair.rx.fileno()
+        config.tx_fd = -1 if spin else pair.tx.fileno()
+        self._describe(config.rx_buffers, pair.rx_slab)
+        self._describe(config.tx_buffers, pair.tx_slab)
+        config.header, config.mergeable = header, mergeable
+        self._pump = lib.gpv_pump_new(config)
+        if self._pump == ffi.NULL:
+            os.close(self._stop)
+            raise MemoryError("no memory for a TAP pump")
+        self._result: int | None = None
+        self._thread = threading.Thread(target=self._run, name="guestpv-pump", daemon=True)
+
+    def _describe(self, buffers: Any, slab: Slab) -> None:
+        bus = ffi.from_buffer("uint64_t[]", slab.bus)
+        self._keep.append(bus)
+        buffers.memory = ffi.cast("uint8_t *", slab.memory.pointer)
+        buffers.bus, buffers.stride, buffers.count = bus, slab.stride, slab.count
+
+    def _run(self) -> None:
+        self._result = lib.gpv_pump_run(self._pump)
+
+    def start(self) -> None:
+        """Hand the receive buffers to the device and begin."""
+        self._thread.start()
+
+    def check(self) -> None:
+        """Raise what ended the pump, if it ended by itself.
+
+        Raises:
+            DeviceViolation: the device broke one of the queues.
+            GuestpvError: a system call on the TAP failed.
+        """
+        if self._result is None or self._result == 0:
+            return
+        if self._result <= lib.GPV_PUMP_ERRNO:
+            code = lib.GPV_PUMP_ERRNO - self._result
+            raise GuestpvError(f"the TAP link failed: {os.strerror(code)}", where="TAP pump")
+        for queue in (self.pair.rx, self.pair.tx):
+            queue.check()
+        raise GuestpvError(f"the pump stopped with code {self._result}", where="TAP pump")
+
+    def counters(self) -> dict[str, int]:
+        """Counters since the start; ``rx`` is device to TAP, ``tx`` TAP to device."""
+        live = lib.gpv_pump_counters(self._pump)
+        names = ("packets", "bytes", "dropped", "interrupts")
+        result = {
+            f"{way}_{name}": int(getattr(live, f"{way}_{name}")) for way in ("rx", "tx") for name in names
+        }
+        result["rx_kicks"] = int(lib.gpv_kicks(self.pair.rx.handle))
+        result["tx_kicks"] = int(lib.gpv_kicks(self.pair.tx.handle))
+        return result
+
+    def stop(self) -> None:
+        """End the thread. The queues are the caller's again."""
+        if self._thread.is_alive():
+            os.eventfd_write(self._stop, 1)
+            self._thread.join()
+
+    def close(self) -> None:
+        """Free the pump; its thread must have ended and its counters are gone."""
+        self.stop()
+        if self._pump != ffi.NULL:
+            lib.gpv_pump_free(self._pump)
+            self._pump = ffi.NULL
+            os.close(self._stop)
+
+
+class NetService:
+    """Drives a network device and shows it to the guest as a TAP link with its MAC, MTU and carrier.
+
+    Args:
+        transport: an opened network device; closed with the service.
+        ifname: name of the link, a pattern with ``%d`` allowed.
+        poll: spin instead of waiting for interrupts.
+        queue_pairs: number of queue pairs, each with its own pump and TAP queue.
+
+    Raises:
+        GuestpvError: negotiation or the TAP link failed; the device is reset and given back.
+    """
+
+    def __init__(
+        self, transport: Transport, *, ifname: str | None = None, poll: bool = False, queue_pairs: int = 1
+    ) -> None:
+        self.transport = transport
+        self.pumps: list[Pump] = []
+        self._tap: Tap | None = None
+        self._last: dict[str, Any] = {}
+        self._closed = False
+        try:
+            if poll:
+                transport.mode = "poll"
+            self.net = Net(
+                transport, queue_pairs=queue_pairs, offloads=RECEIVE_OFFLOADS | SEND_OFFLOADS, started=False
+            )
+            self._tap = Tap(
+                ifname or DEFAULT_NAME,
+                mac=self.net.mac,
+                mtu=self.net.mtu,
+                queues=queue_pairs,
+                header_size=self.net.header_size,
+                features=self.net.features,
+            )
+            self.link_up = self.net.link_up
+            self._tap.set_carrier(self.link_up)
+            for pair, fd in zip(self.net.pairs, self._tap.fds, strict=True):
+                self.pumps.append(
+                    Pump(
+                        pair,
+                        fd,
+                        header=self.net.header_size,
+                        mergeable=transport.has(spec.F_MRG_RXBUF),
+                        spin=poll,
+                    )
+                )
+            self._tap.up()
+            for pump in self.pumps:
+                pump.start()
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def ifname(self) -> str:
+        """Name of the TAP link."""
+        return self._tap.name if self._tap else ""
+
+    @property
+    def mac(self) -> str:
+        """MAC address as text."""
+        return self.net.mac.hex(":")
+
+    @property
+    def mtu(self) -> int:
+        """MTU of the link in bytes."""
+        return self.net.mtu
+
+    @property
+    def features(self) -> int:
+        """Mask of the negotiated features."""
+        return self.net.features
+
+    def watch(self, timeout: float, wake_fd: int | None = None) -> list[str]:
+        """Look after the device for up to ``timeout`` seconds.
+
+        Args:
+            timeout: seconds.
+            wake_fd: a descriptor that ends the wait early when readable.
+
+        Returns:
+            What happened: ``link up``, ``link down``, ``release requested`` (the host unplugs the
+            function or somebody unbinds it), ``bus error``. Empty when nothing did.
+
+        Raises:
+            DeviceGone: the function is gone.
+            DeviceViolation: the device broke a queue or asks to be reset.
+            GuestpvError: the TAP link failed.
+        """
+        config = self.transport.config_fd
+        request, error = self.transport.release_fds()
+        fds = [fd for fd in (config, request, error, wake_fd) if fd is not None]
+        ready, _, _ = select.select(fds, [], [], timeout if config is not None else min(timeout, LINK_POLL))
+        events = []
+        for fd, text in ((request, "release requested"), (error, "bus error")):
+            if fd is not None and fd in ready:
+                with contextlib.suppress(BlockingIOError):
+                    os.eventfd_read(fd)
+                events.append(text)
+        if config is not None and config in ready:
+            with contextlib.suppress(BlockingIOError):
+                os.eventfd_read(config)
+        if not events:
+            self._check_device()
+            events += self._follow_link()
+        for pump in self.pumps:
+            pump.check()
+        return events
+
+    def _check_device(self) -> None:
+        if self.transport.status & Status.NEEDS_RESET:
+            raise DeviceViolation(
+                "the device set DEVICE_NEEDS_RESET: it met an error that it cannot recover from",
+                section="2.1.2",
+                where=self.transport.name,
+            )
+
+    def _follow_link(self) -> list[str]:
+        up = self.net.link_up
+        if up == self.link_up or self._tap is None:
+            return []
+        self.link_up = up
+        self._tap.set_carrier(up)
+        return ["link up" if up else "link down"]
+
+    def stats(self) -> dict[str, Any]:
+        """Counters in all and for every queue pair; after ``close`` the last ones.
+
+        ``{"mode", "link", "rx": {"packets", "bytes", "dropped", "interrupts", "kicks"}, "tx": {...},
+        "queues": [...]}`` with rx from device to link.
+        """
+        if self._closed:
+            return self._last
+        queues = [pump.counters() for pump in self.pumps]
+        names = ("packets", "bytes", "dropped", "interrupts", "kicks")
+        return {
+            "mode": self.transport.mode,
+            "link": "up" if self.link_up else "down",
+            **{way: {n: sum(q[f"{way}_{n}"] for q in queues) for n in names} for way in ("rx", "tx")},
+            "queues": queues,
+        }
+
+    def close(self) -> None:
+        """Stop the pumps, remove the link, reset the device, free its memory. Idempotent."""
+        if self._closed:
+            return
+        with contextlib.ExitStack() as stack:
+            stack.callback(self.transport.close)
+            if self._tap is not None:
+                stack.callback(self._tap.close)
+            for pump in self.pumps:
+                pump.stop()
+            if self.pumps and self._tap is not None:
+                self._last = self.stats()
+            self._closed = True
+            for pump in self.pumps:
+                stack.callback(pump.close)

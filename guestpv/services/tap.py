@@ -1,0 +1,162 @@
+"""A TAP link that carries the virtio header, so that offloads pass through it untouched."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import struct
+from types import TracebackType
+from typing import Any, Final, Self
+
+from ..errors import AccessDenied, GuestpvError, UsageError
+from ..spec import net as spec
+
+DEVICE: Final = "/dev/net/tun"
+IFNAMSIZ: Final = 16
+
+TUNSETIFF: Final = 0x400454CA
+TUNSETVNETHDRSZ: Final = 0x400454D8
+TUNSETOFFLOAD: Final = 0x400454D0
+TUNSETCARRIER: Final = 0x400454E2
+
+IFF_TAP: Final = 0x0002
+IFF_NO_PI: Final = 0x1000
+IFF_VNET_HDR: Final = 0x4000
+IFF_MULTI_QUEUE: Final = 0x0100
+IFF_TUN_EXCL: Final = 0x8000
+
+TUN_F_CSUM: Final = 0x01
+TUN_F_TSO4: Final = 0x02
+TUN_F_TSO6: Final = 0x04
+TUN_F_TSO_ECN: Final = 0x08
+TUN_F_UFO: Final = 0x10
+TUN_F_USO4: Final = 0x20
+TUN_F_USO6: Final = 0x40
+
+_OFFLOADS: Final = (
+    (spec.F_CSUM, TUN_F_CSUM),
+    (spec.F_HOST_TSO4, TUN_F_TSO4),
+    (spec.F_HOST_TSO6, TUN_F_TSO6),
+    (spec.F_HOST_ECN, TUN_F_TSO_ECN),
+    (spec.F_HOST_UFO, TUN_F_UFO),
+    (spec.F_HOST_USO, TUN_F_USO4 | TUN_F_USO6),
+)
+
+
+def offload_flags(features: int) -> int:
+    """TUN_F_* flags: what the kernel may leave undone in frames it sends to us, as the device allows it."""
+    flags = 0
+    for bit, flag in _OFFLOADS:
+        if features >> bit & 1:
+            flags |= flag
+    return flags
+
+
+class Tap:
+    """A TAP network interface of this process; it goes away when its file descriptors close.
+
+    Args:
+        name: interface name, or a pattern such as ``pv%d`` that the kernel completes.
+        mac: 6 bytes.
+        mtu: bytes of payload.
+        queues: file descriptors to attach, one a queue pair.
+        header_size: bytes of the virtio header before every frame.
+        features: negotiated net features, which decide on the offloads.
+
+    Raises:
+        AccessDenied: CAP_NET_ADMIN or the device node is missing.
+        UsageError: the name is in use or not usable.
+    """
+
+    def __init__(
+        self, name: str, *, mac: bytes, mtu: int, queues: int, header_size: int, features: int
+    ) -> None:
+        if not 0 < len(name.encode()) < IFNAMSIZ:
+            raise UsageError(f"{name!r} is no interface name: 1 to {IFNAMSIZ - 1} bytes")
+        self.fds: list[int] = []
+        self.name = name
+        self.mtu = mtu
+        try:
+            for _ in range(queues):
+                self._attach(queues, header_size)
+            self._set_offloads(offload_flags(features))
+            with _route() as route:
+                index = self._index(route)
+                route.link("set", index=index, address=mac.hex(":"))
+                route.link("set", index=index, mtu=mtu)
+        except BaseException:
+            self.close()
+            raise
+
+    def _attach(self, queues: int, header_size: int) -> None:
+        try:
+            fd = os.open(DEVICE, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EPERM):
+                raise AccessDenied(
+                    f"cannot open {DEVICE}: {error.strerror}",
+                    hint="run as root, or give this user the node and CAP_NET_ADMIN",
+                ) from error
+            raise GuestpvError(f"cannot open {DEVICE}: {error.strerror}", hint="modprobe tun") from error
+        self.fds.append(fd)
+        flags = IFF_TAP | IFF_NO_PI | IFF_VNET_HDR | (IFF_MULTI_QUEUE if queues > 1 else 0)
+        request = bytearray(struct.pack("16sH22x", self.name.encode(), flags))
+        try:
+            fcntl.ioctl(fd, TUNSETIFF, request, True)
+        except OSError as error:
+            if error.errno == errno.EPERM:
+                raise AccessDenied(
+                    f"not allowed to make the TAP link {self.name}",
+                    hint="run as root or with CAP_NET_ADMIN (setcap, AmbientCapabilities=CAP_NET_ADMIN)",
+                ) from error
+            raise UsageError(
+                f"cannot make the TAP link {self.name}: {error.strerror}",
+                where="TUNSETIFF",
+                hint="`ip link` shows whether the name is taken; choose another with --name",
+            ) from error
+        self.name = bytes(request[:IFNAMSIZ]).split(b"\0", 1)[0].decode()
+        fcntl.ioctl(fd, TUNSETVNETHDRSZ, struct.pack("i", header_size))
+
+    def _set_offloads(self, flags: int) -> None:
+        for unsupported in (0, TUN_F_USO4 | TUN_F_USO6):
+            try:
+                fcntl.ioctl(self.fds[0], TUNSETOFFLOAD, flags & ~unsupported)
+                return
+            except OSError as error:
+                # USO came with Linux 6.2; an older kernel then simply segments UDP itself.
+                if error.errno != errno.EINVAL:
+                    raise
+        raise GuestpvError(f"the kernel refuses the TAP offloads {flags:#x}", where="TUNSETOFFLOAD")
+
+    def _index(self, route: Any) -> int:
+        return int(route.link_lookup(ifname=self.name)[0])
+
+    def up(self) -> None:
+        """Set the interface administratively up."""
+        with _route() as route:
+            route.link("set", index=self._index(route), state="up")
+
+    def set_carrier(self, up: bool) -> None:
+        """Show the device's link state as the interface's carrier."""
+        fcntl.ioctl(self.fds[0], TUNSETCARRIER, struct.pack("i", int(up)))
+
+    def close(self) -> None:
+        """Close the file descriptors; the kernel removes the interface. Idempotent."""
+        while self.fds:
+            os.close(self.fds.pop())
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _route() -> Any:
+    # pyroute2 takes a third of a second to import: only those who need a link pay for it.
+    from pyroute2 import IPRoute
+
+    return IPRoute()
