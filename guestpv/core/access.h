@@ -1,0 +1,69 @@
+/* Every access of the core to memory shared with the device, and every fence.
+ *
+ * Ordinary build: C11 atomics through the compiler's builtins. With VIRTIO_F_ORDER_PLATFORM the device is hardware, which
+ * C11 does not know: then the orders are made with device barriers (section 6.3: "barriers suitable for hardware devices").
+ * Observing build (GPV_OBSERVING): the same, and each access goes through a hook first.
+ * Model build (GPV_MODEL): model.h maps them to the checker's atomics. */
+#ifndef GPV_ACCESS_H
+#define GPV_ACCESS_H
+
+#ifdef GPV_MODEL
+#include "model.h"
+#else
+
+#include "barrier.h"
+
+#define GPV_SHARED(type) type
+
+#ifdef GPV_OBSERVING
+#define GPV_SEE(q, what, p, v) gpv_observe((q), (what), (p), sizeof *(p), (uint64_t)(v))
+#define GPV_SEE_FENCE(q) gpv_observe((q), GPV_SAW_FENCE, 0, 0, 0)
+#else
+#define GPV_SEE(q, what, p, v) ((void)0)
+#define GPV_SEE_FENCE(q) ((void)0)
+#endif
+
+#define GPV_LOAD(q, p) \
+    (GPV_SEE(q, GPV_SAW_LOAD, p, 0), __atomic_load_n((p), __ATOMIC_RELAXED))
+
+#define GPV_STORE(q, p, v) \
+    (GPV_SEE(q, GPV_SAW_STORE, p, v), __atomic_store_n((p), (v), __ATOMIC_RELAXED))
+
+/* Later accesses of this side stay behind the load. */
+#define GPV_LOAD_ACQUIRE(q, p)                                                              \
+    __extension__({                                                                         \
+        __typeof__(*(p)) value_;                                                            \
+        GPV_SEE(q, GPV_SAW_LOAD_ACQUIRE, p, 0);                                             \
+        if ((q)->order_platform) {                                                          \
+            value_ = __atomic_load_n((p), __ATOMIC_RELAXED);                                \
+            GPV_DEVICE_RMB();                                                               \
+        } else {                                                                            \
+            value_ = __atomic_load_n((p), __ATOMIC_ACQUIRE);                                \
+        }                                                                                   \
+        value_;                                                                             \
+    })
+
+/* Earlier accesses of this side stay before the store. */
+#define GPV_STORE_RELEASE(q, p, v)                                                          \
+    do {                                                                                    \
+        GPV_SEE(q, GPV_SAW_STORE_RELEASE, p, v);                                            \
+        if ((q)->order_platform) {                                                          \
+            GPV_DEVICE_WMB();                                                               \
+            __atomic_store_n((p), (v), __ATOMIC_RELAXED);                                   \
+        } else {                                                                            \
+            __atomic_store_n((p), (v), __ATOMIC_RELEASE);                                   \
+        }                                                                                   \
+    } while (0)
+
+/* Earlier stores are visible before later loads are done. */
+#define GPV_FENCE_FULL(q)                                                                   \
+    do {                                                                                    \
+        GPV_SEE_FENCE(q);                                                                   \
+        if ((q)->order_platform)                                                            \
+            GPV_DEVICE_MB();                                                                \
+        else                                                                                \
+            __atomic_thread_fence(__ATOMIC_SEQ_CST);                                        \
+    } while (0)
+
+#endif
+#endif
