@@ -246,7 +246,7 @@ class Virtqueue:
         return token
 
     def cookie(self, token: int) -> object:
-        """The object given to ``add`` with this token; gone once the completion after it was taken."""
+        """The object given to ``add`` with this token; gone when the next completion is taken."""
         return self._cookies.get(token)
 
     def add_burst(
@@ -414,20 +414,21 @@ class Virtqueue:
             self.acknowledge()
         return fired
 
-    def drain(self) -> list[tuple[int, object]]:
+    def drain(self) -> list[int]:
         """Take back every buffer that never came back, and start over from index 0.
 
         Only after the device or the queue was reset (2.6.1): before that the device may still write to
         them.
 
         Returns:
-            Token and cookie of each, oldest first.
+            Token of each, oldest first; ``cookie`` still knows their objects.
         """
         ids = ffi.new("uint32_t[]", self.size)
-        cookies = ffi.new("uint64_t[]", self.size)
-        count = lib.gpv_drain(self.handle, ids, cookies)
-        tokens = [cookies[i] << SLOT_BITS | ids[i] for i in range(count)]
-        return [(token, self._cookies.pop(token, None)) for token in tokens]
+        serials = ffi.new("uint64_t[]", self.size)
+        count = lib.gpv_drain(self.handle, ids, serials)
+        tokens = [serials[i] << SLOT_BITS | ids[i] for i in range(count)]
+        self._cookies = {token: self._cookies[token] for token in tokens if token in self._cookies}
+        return tokens
 
     def restart(self, size: int | None = None) -> None:
         """Fresh rings, with another size if given, after a queue reset and ``drain`` (2.6.1.2).
