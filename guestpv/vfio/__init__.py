@@ -1,0 +1,1 @@
+"""The kernel's PCI functions, through VFIO."""
