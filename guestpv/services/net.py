@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import select
 import threading
 from typing import Any
 
@@ -13,6 +12,7 @@ from ..drivers.net import RECEIVE_OFFLOADS, SEND_OFFLOADS, Net, QueuePair, Slab
 from ..errors import DeviceViolation, GuestpvError
 from ..spec import net as spec
 from ..spec.status import Status
+from ..system import SYSTEM
 from ..transport.base import Transport
 from .tap import Tap
 
@@ -26,7 +26,7 @@ class Pump:
 
     def __init__(self, pair: QueuePair, tap_fd: int, *, header: int, mergeable: bool, spin: bool) -> None:
         self.pair = pair
-        self._stop = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._stop = SYSTEM.eventfd()
         self._keep: list[Any] = []
         config = ffi.new("struct gpv_pump_config *")
         config.rx, config.tx = pair.rx.handle, pair.tx.handle
@@ -38,7 +38,7 @@ class Pump:
         config.header, config.mergeable = header, mergeable
         self._pump = lib.gpv_pump_new(config)
         if self._pump == ffi.NULL:
-            os.close(self._stop)
+            SYSTEM.close(self._stop)
             raise MemoryError("no memory for a TAP pump")
         self._result: int | None = None
         self._thread = threading.Thread(target=self._run, name="guestpv-pump", daemon=True)
@@ -69,7 +69,9 @@ class Pump:
             code = lib.GPV_PUMP_ERRNO - self._result
             raise GuestpvError(f"the TAP link failed: {os.strerror(code)}", where="TAP pump")
         for queue in (self.pair.rx, self.pair.tx):
-            queue.check()
+            # The pump's thread is over; looking at a broken queue raises what broke it.
+            queue.own()
+            queue.pending()
         raise GuestpvError(f"the pump stopped with code {self._result}", where="TAP pump")
 
     def counters(self) -> dict[str, int]:
@@ -95,7 +97,7 @@ class Pump:
         if self._pump != ffi.NULL:
             lib.gpv_pump_free(self._pump)
             self._pump = ffi.NULL
-            os.close(self._stop)
+            SYSTEM.close(self._stop)
 
 
 class NetService:
@@ -191,7 +193,7 @@ class NetService:
         config = self.transport.config_fd
         request, error = self.transport.release_fds()
         fds = [fd for fd in (config, request, error, wake_fd) if fd is not None]
-        ready, _, _ = select.select(fds, [], [], timeout if config is not None else min(timeout, LINK_POLL))
+        ready = SYSTEM.poll(fds, timeout if config is not None else min(timeout, LINK_POLL))
         events = []
         for fd, text in ((request, "release requested"), (error, "bus error")):
             if fd is not None and fd in ready:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import os
 import struct
 from types import TracebackType
@@ -11,6 +10,7 @@ from typing import Any, Final, Self
 
 from ..errors import AccessDenied, GuestpvError, UsageError
 from ..spec import net as spec
+from ..system import SYSTEM, System
 
 DEVICE: Final = "/dev/net/tun"
 IFNAMSIZ: Final = 16
@@ -70,10 +70,19 @@ class Tap:
     """
 
     def __init__(
-        self, name: str, *, mac: bytes, mtu: int, queues: int, header_size: int, features: int
+        self,
+        name: str,
+        *,
+        mac: bytes,
+        mtu: int,
+        queues: int,
+        header_size: int,
+        features: int,
+        system: System = SYSTEM,
     ) -> None:
         if not 0 < len(name.encode()) < IFNAMSIZ:
             raise UsageError(f"{name!r} is no interface name: 1 to {IFNAMSIZ - 1} bytes")
+        self._system = system
         self.fds: list[int] = []
         self.name = name
         self.mtu = mtu
@@ -91,7 +100,7 @@ class Tap:
 
     def _attach(self, queues: int, header_size: int) -> None:
         try:
-            fd = os.open(DEVICE, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
+            fd = self._system.open(DEVICE, os.O_RDWR | os.O_NONBLOCK)
         except OSError as error:
             if error.errno in (errno.EACCES, errno.EPERM):
                 raise AccessDenied(
@@ -103,7 +112,7 @@ class Tap:
         flags = IFF_TAP | IFF_NO_PI | IFF_VNET_HDR | (IFF_MULTI_QUEUE if queues > 1 else 0)
         request = bytearray(struct.pack("16sH22x", self.name.encode(), flags))
         try:
-            fcntl.ioctl(fd, TUNSETIFF, request, True)
+            self._system.ioctl(fd, TUNSETIFF, request)
         except OSError as error:
             if error.errno == errno.EPERM:
                 raise AccessDenied(
@@ -116,12 +125,12 @@ class Tap:
                 hint="`ip link` shows whether the name is taken; choose another with --name",
             ) from error
         self.name = bytes(request[:IFNAMSIZ]).split(b"\0", 1)[0].decode()
-        fcntl.ioctl(fd, TUNSETVNETHDRSZ, struct.pack("i", header_size))
+        self._system.ioctl(fd, TUNSETVNETHDRSZ, bytearray(struct.pack("i", header_size)))
 
     def _set_offloads(self, flags: int) -> None:
         for unsupported in (0, TUN_F_USO4 | TUN_F_USO6):
             try:
-                fcntl.ioctl(self.fds[0], TUNSETOFFLOAD, flags & ~unsupported)
+                self._system.ioctl(self.fds[0], TUNSETOFFLOAD, flags & ~unsupported)
                 return
             except OSError as error:
                 # USO came with Linux 6.2; an older kernel then simply segments UDP itself.
@@ -139,12 +148,12 @@ class Tap:
 
     def set_carrier(self, up: bool) -> None:
         """Show the device's link state as the interface's carrier."""
-        fcntl.ioctl(self.fds[0], TUNSETCARRIER, struct.pack("i", int(up)))
+        self._system.ioctl(self.fds[0], TUNSETCARRIER, bytearray(struct.pack("i", int(up))))
 
     def close(self) -> None:
         """Close the file descriptors; the kernel removes the interface. Idempotent."""
         while self.fds:
-            os.close(self.fds.pop())
+            self._system.close(self.fds.pop())
 
     def __enter__(self) -> Self:
         return self

@@ -205,7 +205,9 @@ def feature_names(device_type: int | None, features: int) -> list[str]:
 
 
 def feature_bit(device_type: int | None, name: str) -> int:
-    """Bit number of a feature, case-insensitive, with or without ``VIRTIO_..._F_`` or ``bit N``/``N``.
+    """Bit number of a feature by name, in any case.
+
+    ``VIRTIO_..._F_`` and ``RING_`` may be left out; ``bit N`` and ``N`` are understood too.
 
     Raises:
         KeyError: no feature of that device type or of the common ones has this name.
@@ -218,7 +220,7 @@ def feature_bit(device_type: int | None, name: str) -> int:
         return int(number)
     for table in (DEVICE_FEATURES.get(device_type or 0, {}), COMMON_FEATURES):
         for bit, known in table.items():
-            if known == wanted:
+            if known in (wanted, f"RING_{wanted}"):
                 return bit
     raise KeyError(name)
 

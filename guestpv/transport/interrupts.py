@@ -12,6 +12,7 @@ import threading
 from collections.abc import Callable
 
 from ..spec.pci import ISR_CONFIG, ISR_QUEUE
+from ..system import SYSTEM
 
 ReadIsr = Callable[[], int]
 
@@ -20,7 +21,7 @@ class Fanout:
     """Passes events of a few source eventfds on to the eventfds that share them."""
 
     def __init__(self) -> None:
-        self._stop = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._stop = SYSTEM.eventfd()
         self._poll = select.epoll()
         self._poll.register(self._stop, select.EPOLLIN)
         self._handlers: dict[int, Callable[[], None]] = {}
@@ -77,4 +78,4 @@ class Fanout:
             self._thread = None
         if not self._poll.closed:
             self._poll.close()
-            os.close(self._stop)
+            SYSTEM.close(self._stop)

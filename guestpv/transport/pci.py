@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 
 from ..errors import DeviceViolation, GuestpvError, Refused, UsageError
 from ..memory import DmaPool
@@ -13,6 +12,7 @@ from ..spec import features as feat
 from ..spec import pci as spec
 from ..spec.layout import Field, Layout
 from ..spec.pci import CfgType
+from ..system import SYSTEM
 from ..virtqueue.kick import Kick
 from ..virtqueue.queue import Virtqueue
 from .base import InterruptMode, Transport
@@ -238,7 +238,7 @@ class PciTransport(Transport):
         return self._queue_fds[index]
 
     def _new_fd(self) -> int:
-        fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        fd = SYSTEM.eventfd()
         self._own_fds.append(fd)
         return fd
 
@@ -259,7 +259,7 @@ class PciTransport(Transport):
             self._fanout = None
         self.function.disable_interrupts()
         for fd in self._own_fds:
-            os.close(fd)
+            SYSTEM.close(fd)
         self._own_fds.clear()
         self._sinks.clear()
         self._queue_fds.clear()
