@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import mmap
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, Final
@@ -377,3 +377,10 @@ def _whole(data: bytes, width: int, name: str) -> int:
     if len(data) != width:
         raise DeviceGone(f"the function is gone (read {len(data)} of {width} bytes)", where=name)
     return int.from_bytes(data, "little")
+
+
+def open_function(body: str, params: Mapping[str, str]) -> VfioFunction:
+    """The function that ``vfio:0000:01:00.0`` names; the scheme has no parameters of its own."""
+    if params:
+        raise UsageError(f"the vfio scheme knows no parameter {', '.join(params)}", where=f"vfio:{body}")
+    return VfioFunction(body)
