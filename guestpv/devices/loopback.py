@@ -1,0 +1,138 @@
+"""``loopback:`` - the device half in the same process, for drivers without a VM and without privilege."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from ..errors import UsageError
+from ..spec import features as ft
+from .function import SoftwareFunction
+from .model import DEFAULT_QUEUE_SIZE, Model
+from .models.rng import Rng
+
+SWITCHES = {
+    "packed": ft.F_RING_PACKED,
+    "indirect_desc": ft.F_INDIRECT_DESC,
+    "event_idx": ft.F_EVENT_IDX,
+    "in_order": ft.F_IN_ORDER,
+    "order_platform": ft.F_ORDER_PLATFORM,
+    "notification_data": ft.F_NOTIFICATION_DATA,
+    "notif_config_data": ft.F_NOTIF_CONFIG_DATA,
+    "ring_reset": ft.F_RING_RESET,
+}
+"""Parameter -> feature that ``on`` offers and ``off`` does not."""
+
+
+class Params:
+    """Parameters of a specification, taken one by one; what is left at the end nobody knew."""
+
+    def __init__(self, text: dict[str, str], where: str) -> None:
+        self._left = dict(text)
+        self._where = where
+
+    def number(self, name: str, default: int) -> int:
+        """An integer, decimal or 0x, with an optional suffix K, M or G (powers of 1024)."""
+        value = self._left.pop(name, None)
+        if value is None:
+            return default
+        shift = {"K": 10, "M": 20, "G": 30}.get(value[-1:].upper(), 0)
+        try:
+            return int(value[:-1] if shift else value, 0) << shift
+        except ValueError:
+            raise UsageError(f"{name}={value!r} is no number", where=self._where) from None
+
+    def switch(self, name: str, default: bool) -> bool:
+        """``on`` or ``off``."""
+        value = self._left.pop(name, None)
+        if value is None:
+            return default
+        if value not in ("on", "off"):
+            raise UsageError(f"{name} is on or off, not {value!r}", where=self._where)
+        return value == "on"
+
+    def text(self, name: str, default: str = "") -> str:
+        """Anything."""
+        return self._left.pop(name, default)
+
+    def done(self, known: str) -> None:
+        """Complain about parameters that nobody took."""
+        if self._left:
+            names = ", ".join(sorted(self._left))
+            raise UsageError(f"unknown parameter {names}", where=self._where, hint=known)
+
+
+def _rng(params: Params, depth: int) -> Model:
+    seed = params.text("seed")
+    return Rng(int(seed, 0) if seed else None, params.number("most", 0), depth)
+
+
+MODELS: dict[str, Callable[[Params, int], Model]] = {"rng": _rng}
+
+
+def open_function(body: str, params: dict[str, str]) -> SoftwareFunction:
+    """A software function for ``loopback:BODY?key=value&...``.
+
+    Args:
+        body: device type: ``rng``, ``net``, ``blk``, ``balloon``.
+        params: for every type:
+
+            - ``packed``, ``indirect_desc``, ``event_idx``, ``in_order``, ``order_platform``,
+              ``notification_data``, ``notif_config_data``, ``ring_reset``: ``on`` or ``off``, whether the
+              device offers the feature. By default indirect_desc, event_idx, order_platform and
+              ring_reset are on.
+            - ``offer``: ``+name,-name`` or bit numbers, any further feature to offer or not.
+            - ``queue_size``: largest queue size (256).
+            - ``msix``: size of the MSI-X table, ``off`` for INTx only.
+            - ``multiplier``: notify_off_multiplier (4); 0 puts all doorbells at one address.
+            - ``threaded``: ``on`` gives the device a thread of its own.
+            - ``segment``: bytes after which DMA memory continues elsewhere on the bus (0: never).
+            - ``flr``: ``off`` leaves out the function level reset.
+
+            ``rng``: ``seed``, ``most`` (bytes a buffer gets at most).
+
+    Raises:
+        UsageError: device type or parameter unknown, or a value makes no sense.
+    """
+    where = f"loopback:{body}"
+    if body not in MODELS:
+        raise UsageError(
+            f"no device type is called {body!r}", where=where, hint="there are " + " ".join(MODELS)
+        )
+    left = Params(params, where)
+    depth = left.number("queue_size", DEFAULT_QUEUE_SIZE)
+    if not 1 <= depth <= 32768:
+        raise UsageError(f"queue_size={depth} is not between 1 and 32768", where=where)
+    msix = left.text("msix", "auto")
+    model = MODELS[body](left, depth)
+    options = {
+        "threaded": left.switch("threaded", False),
+        "flr": left.switch("flr", True),
+    }
+    segment, multiplier = left.number("segment", 0), left.number("multiplier", 4)
+    masks = {bit: left.text(name) for name, bit in SWITCHES.items()}
+    offer = left.text("offer")
+    left.done(f"see the description of open_function in {__name__}")
+    vectors = {"auto": None, "off": 0}.get(msix, -1)
+    if vectors == -1:
+        vectors = Params({"msix": msix}, where).number("msix", 0)
+    function = SoftwareFunction(
+        model, name=where, vectors=vectors, segment=segment, multiplier=multiplier, **options
+    )
+    offered = function.device.offered
+    for bit, value in masks.items():
+        if value not in ("", "on", "off"):
+            raise UsageError(f"{ft.feature_name(None, bit).lower()} is on or off, not {value!r}", where=where)
+        if value:
+            offered = offered | 1 << bit if value == "on" else offered & ~(1 << bit)
+    function.device.offered = _masked(offered, offer, model.device_type, where)
+    return function
+
+
+def _masked(offered: int, text: str, device_type: int, where: str) -> int:
+    for word in filter(None, text.split(",")):
+        try:
+            bit = ft.feature_bit(device_type, word.lstrip("+-"))
+        except KeyError:
+            raise UsageError(f"no feature is called {word!r}", where=where) from None
+        offered = offered & ~(1 << bit) if word.startswith("-") else offered | 1 << bit
+    return offered

@@ -1,0 +1,1 @@
+"""What stands behind the rings: one device type a file."""
