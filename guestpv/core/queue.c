@@ -5,16 +5,20 @@
 #include <stdlib.h>
 #include <string.h>
 
-#define MINE(q) ((q)->owner == (uintptr_t)pthread_self())
-
-/* Every entry that uses the queue: the owner's thread, and a device that has kept the rules so far. */
-#define ENTER(q)                     \
-    do {                             \
-        if (!MINE(q))                \
-            return GPV_ETHREAD;      \
-        if ((q)->violation.kind)     \
-            return GPV_EBROKEN;      \
+/* Every entry that uses the queue: it is there, and the caller's. */
+#define ENTER(q)                                      \
+    do {                                              \
+        if (!(q))                                     \
+            return GPV_ECLOSED;                       \
+        if ((q)->owner != (uintptr_t)pthread_self())  \
+            return GPV_ETHREAD;                       \
     } while (0)
+
+/* And the device has kept the rules so far. */
+#define ENTER_UNBROKEN(q)        \
+    ENTER(q);                    \
+    if ((q)->violation.kind)     \
+        return GPV_EBROKEN
 
 static void start(struct gpv_queue *q)
 {
@@ -140,7 +144,7 @@ int32_t gpv_add(struct gpv_queue *q, const struct gpv_segment *segments, uint32_
 {
     uint64_t elements = (uint64_t)readable + writable;
 
-    ENTER(q);
+    ENTER_UNBROKEN(q);
     if (elements > q->size)
         return GPV_ECHAIN;
     return add(q, &segments->address, sizeof *segments / 8, &segments->length, sizeof *segments / 4, (uint32_t)elements,
@@ -153,7 +157,7 @@ int32_t gpv_add_burst(struct gpv_queue *q, const uint64_t *addresses, const uint
     uint32_t n;
     int32_t id;
 
-    ENTER(q);
+    ENTER_UNBROKEN(q);
     for (n = 0; n < count; n++) {
         size_t first = (size_t)n * elements;
 
@@ -182,7 +186,7 @@ int32_t gpv_publish(struct gpv_queue *q)
 {
     int32_t wanted;
 
-    ENTER(q);
+    ENTER_UNBROKEN(q);
     if (q->turn_added == q->turn_published)
         return 0;
     wanted = q->packed ? gpv_packed_publish(q) : gpv_split_publish(q);
@@ -191,20 +195,19 @@ int32_t gpv_publish(struct gpv_queue *q)
 
 int32_t gpv_notify(struct gpv_queue *q)
 {
-    ENTER(q);
+    ENTER_UNBROKEN(q);
     return notify(q);
 }
 
 int32_t gpv_reap(struct gpv_queue *q, uint32_t *ids, uint32_t *lengths, uint64_t *cookies, uint32_t max)
 {
-    ENTER(q);
+    ENTER_UNBROKEN(q);
     return (q->packed ? gpv_packed_reap : gpv_split_reap)(q, ids, lengths, cookies, max);
 }
 
 int32_t gpv_pending(struct gpv_queue *q)
 {
-    if (!MINE(q))
-        return GPV_ETHREAD;
+    ENTER(q);
     if (q->violation.kind || q->batch_left)
         return 1;
     return q->packed ? gpv_packed_pending(q) : gpv_split_pending(q);
@@ -212,41 +215,41 @@ int32_t gpv_pending(struct gpv_queue *q)
 
 int32_t gpv_disarm(struct gpv_queue *q)
 {
-    ENTER(q);
+    ENTER_UNBROKEN(q);
     (q->packed ? gpv_packed_disarm : gpv_split_disarm)(q);
     return 0;
 }
 
 int32_t gpv_arm(struct gpv_queue *q)
 {
-    ENTER(q);
+    ENTER_UNBROKEN(q);
     (q->packed ? gpv_packed_arm : gpv_split_arm)(q);
     return gpv_pending(q);
 }
 
 uint32_t gpv_free_slots(const struct gpv_queue *q)
 {
-    return q->free;
+    return q ? q->free : 0;
 }
 
 uint32_t gpv_outstanding(const struct gpv_queue *q)
 {
-    return (uint32_t)(q->turn_added - q->turn_reaped);
+    return q ? (uint32_t)(q->turn_added - q->turn_reaped) : 0;
 }
 
 uint32_t gpv_unpublished(const struct gpv_queue *q)
 {
-    return (uint32_t)(q->turn_added - q->turn_published);
+    return q ? (uint32_t)(q->turn_added - q->turn_published) : 0;
 }
 
 uint64_t gpv_kicks(const struct gpv_queue *q)
 {
-    return q->kick.kicks;
+    return q ? q->kick.kicks : 0;
 }
 
 uint64_t gpv_turns(const struct gpv_queue *q)
 {
-    return q->turn_published;
+    return q ? q->turn_published : 0;
 }
 
 void gpv_violation_get(const struct gpv_queue *q, struct gpv_violation *violation)

@@ -17,7 +17,8 @@ enum gpv_error {
     GPV_EBROKEN = -4, /* the device broke the standard: gpv_violation says how */
     GPV_ETHREAD = -5, /* called from a thread that does not own the queue */
     GPV_EKICK = -6,   /* the kick's eventfd failed */
-    GPV_EINTR = -7    /* a signal arrived while waiting */
+    GPV_EINTR = -7,   /* a signal arrived while waiting */
+    GPV_ECLOSED = -8  /* no queue: NULL */
 };
 
 enum gpv_violation_kind {
@@ -98,6 +99,7 @@ enum { GPV_WOKEN = 2 };
 /* Reads an interrupt's eventfd without blocking. 1: it had fired. */
 int32_t gpv_interrupt_clear(int32_t fd);
 
+/* All 0 for NULL. */
 uint32_t gpv_free_slots(const struct gpv_queue *q);  /* free descriptors */
 uint32_t gpv_outstanding(const struct gpv_queue *q); /* buffers added and not reaped */
 uint32_t gpv_unpublished(const struct gpv_queue *q); /* of these, added and not published */

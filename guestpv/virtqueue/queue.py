@@ -164,7 +164,7 @@ class Virtqueue:
     @property
     def outstanding(self) -> int:
         """Buffers added and not come back."""
-        return int(lib.gpv_outstanding(self.handle)) if self.handle else 0
+        return int(lib.gpv_outstanding(self.handle))
 
     @property
     def kicks(self) -> int:
@@ -172,7 +172,7 @@ class Virtqueue:
         return int(lib.gpv_kicks(self.handle))
 
     def _fail(self, code: int) -> NoReturn:
-        if not self.handle:
+        if code == lib.GPV_ECLOSED:
             raise UsageError("the virtqueue is closed", where=self.name)
         if code == lib.GPV_EBROKEN:
             violation = ffi.new("struct gpv_violation *")
@@ -202,6 +202,8 @@ class Virtqueue:
 
     def own(self) -> None:
         """Make the calling thread the owner. The former owner must not use the queue any more."""
+        if not self.handle:
+            self._fail(lib.GPV_ECLOSED)
         lib.gpv_queue_own(self.handle)
 
     def add(
@@ -423,6 +425,8 @@ class Virtqueue:
         Returns:
             Token of each, oldest first; ``cookie`` still knows their objects.
         """
+        if not self.handle:
+            self._fail(lib.GPV_ECLOSED)
         ids = ffi.new("uint32_t[]", self.size)
         serials = ffi.new("uint64_t[]", self.size)
         count = lib.gpv_drain(self.handle, ids, serials)
