@@ -1,0 +1,5 @@
+"""``python -m guestpv`` is the command ``guestpv``."""
+
+from .cli.main import main
+
+main()

@@ -1,0 +1,172 @@
+"""``guestpv net up``: drive a network device as a link of this machine."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ..errors import UsageError
+from .completion import complete_address
+from .report import Report, reporting
+
+if TYPE_CHECKING:
+    from .session import Session
+
+EXAMPLE = """\b
+Examples:
+  guestpv net up                          the only network function
+  guestpv net up 0000:01:00.0 --detach    in the background
+  guestpv net up --address 192.0.2.5/24 --gateway 192.0.2.1
+  guestpv net up --features -ring_packed,-event_idx
+"""
+
+
+@click.command(epilog=EXAMPLE)
+@click.argument("spec", required=False, shell_complete=complete_address)
+@click.option(
+    "--features",
+    default="",
+    metavar="LIST",
+    help="Insist on features (+a) or leave them out (-b): +mq,-ring_packed.",
+)
+@click.option("--address", metavar="CIDR", help="Give the link this address instead of asking a DHCP server.")
+@click.option("--gateway", metavar="IP", help="With --address: the gateway of a default route.")
+@click.option("--dns", metavar="IP", multiple=True, help="With --address: a name server; may be repeated.")
+@click.option("--no-address", is_flag=True, help="Leave the link without an address.")
+@click.option("--name", metavar="IFNAME", help="Name of the link.  [default: pv0, pv1, ...]")
+@click.option("--poll", is_flag=True, help="Spin instead of waiting for interrupts: faster, costs a CPU.")
+@click.option("--queues", type=click.IntRange(1, 8), default=1, show_default=True, help="Pairs of queues.")
+@click.option("--detach", is_flag=True, help="Return once it is up; `guestpv net down` ends it.")
+@click.option(
+    "--force", is_flag=True, help="Also when the machine uses it, as its default route for example."
+)
+@reporting
+def up(
+    report: Report,
+    spec: str | None,
+    features: str,
+    address: str | None,
+    gateway: str | None,
+    dns: tuple[str, ...],
+    no_address: bool,
+    name: str | None,
+    poll: bool,
+    queues: int,
+    detach: bool,
+    force: bool,
+) -> None:
+    """Drive the network device SPEC as a link of this machine.
+
+    Takes the function from the kernel's driver if it has to, negotiates, makes a network link with the
+    device's MAC address and MTU, gets an address by DHCP, and carries packets until Ctrl-C, SIGTERM or
+    `guestpv net down`. Then, or when anything goes wrong, the kernel gets the function back.
+
+    Without SPEC it takes the network function, if there is exactly one that can be driven.
+    """
+    from ..services.addressing import static
+    from ..services.control import detach as run_detached
+    from .session import Session, Wishes
+
+    if no_address and address:
+        raise UsageError("--address and --no-address exclude each other", hint="guestpv net up --help")
+    if (gateway or dns) and not address:
+        raise UsageError("--gateway and --dns go with --address", hint="guestpv net up --help")
+    wishes = Wishes(
+        spec=spec,
+        features=features,
+        settings=static(address, gateway, dns) if address else None,
+        addressed=not no_address,
+        ifname=name,
+        poll=poll,
+        queue_pairs=queues,
+        force=force,
+    )
+    if detach:
+        data = run_detached(lambda ready: in_background(wishes, ready))
+        report.done(data, lambda: show(data, f"Up in the background, process {data['pid']}."))
+    else:
+        in_foreground(Session, wishes, report)
+
+
+def in_background(wishes: Any, ready: Any) -> None:
+    """Run a session whose events go into a log file beside its control socket."""
+    from ..vfio.lock import runtime_directory
+    from .session import Session
+
+    def tell(event: str) -> None:
+        print(time.strftime("%F %T"), event, flush=True)
+
+    def start_log(status: dict[str, Any]) -> None:
+        path = os.path.join(runtime_directory(), f"{status['name']}.log")
+        log = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        os.dup2(log, 1)
+        os.dup2(log, 2)
+        os.close(log)
+        tell("up")
+        ready(status | {"log": path})
+
+    Session(wishes, tell).run(start_log, lambda status: None)
+
+
+def in_foreground(session_type: type[Session], wishes: Any, report: Report) -> None:
+    """Run a session that a person or a program watches."""
+    from .counters import Counters
+
+    with ExitStack() as stack:
+        live: Counters | None = None
+
+        def tell(event: str) -> None:
+            if report.as_json:
+                report.event({"event": event})
+            elif live is not None:
+                live.say(event)
+            else:
+                report.say(event)
+
+        def ready(status: dict[str, Any]) -> None:
+            nonlocal live
+            report.done(status, lambda: show(status, "Up. Ctrl-C gives the function back."))
+            if sys.stdout.isatty() and not report.as_json:
+                live = stack.enter_context(Counters(status))
+
+        def refresh(status: dict[str, Any]) -> None:
+            if live is not None:
+                live.update(status)
+
+        session_type(wishes, tell).run(ready, refresh)
+
+
+def show(status: dict[str, Any], closing: str) -> None:
+    """What is up, for a person."""
+    from .tables import console, pairs
+
+    out = console()
+    out.print(pairs(describe(status)))
+    out.print(closing)
+
+
+def describe(status: dict[str, Any]) -> list[tuple[str, str]]:
+    """What is up, as names and values."""
+    address = status["address"]
+    rows = [
+        ("device", f"{status['function']}, interrupts: {status['mode']}"),
+        ("features", " ".join(status["features"])),
+        ("link", f"{status['name']}, MAC {status['mac']}, MTU {status['mtu']}, carrier {status['link']}"),
+    ]
+    if address is None:
+        return [*rows, ("address", "none")]
+    lease = ""
+    if address["by"] == "dhcp":
+        seconds = address["lease_seconds"]
+        lease = f" by DHCP from {address['server']}, " + (
+            "for ever" if seconds is None else f"for {seconds} s"
+        )
+    rows.append(("address", address["address"] + lease))
+    rows += [("gateway", address["gateway"])] if address["gateway"] else []
+    rows += [("DNS", " ".join(address["dns"]))] if address["dns"] else []
+    return rows
