@@ -184,7 +184,11 @@ int32_t gpv_packed_reap(struct gpv_queue *q, uint32_t *ids, uint32_t *lengths, u
             break;
         }
         id = GPV_LOAD(q, &d->id);
-        len = flags & GPV_DESC_F_WRITE ? GPV_LOAD(q, &d->len) : 0; /* 2.8.5: reserved otherwise */
+        len = GPV_LOAD(q, &d->len);
+        /* Without WRITE len is reserved (2.8.5, DEV-PACKED-21). QEMU never sets WRITE there and means what it writes
+         * to len all the same; a value that cannot be meant counts as nothing written. */
+        if (!(flags & GPV_DESC_F_WRITE) && (id >= q->size || len > q->slots[id].writable))
+            len = 0;
         if (!gpv_waiting(q)) {
             gpv_violate(q, GPV_USED_UNASKED, place.offset, id, flags, 0);
             break;
