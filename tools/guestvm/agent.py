@@ -88,8 +88,9 @@ class Agent:
             del self.incoming[:end]
             try:
                 answer, answer_data = getattr(self, "do_" + head["op"])(head, body) or ({}, b"")
-            except OSError as error:
-                answer, answer_data = {"error": str(error), "errno": error.errno or 0}, b""
+            except Exception as error:
+                # The first process must never end; whatever went wrong is the asker's to know.
+                answer, answer_data = {"error": str(error) or repr(error)}, b""
             self.send({"reply": head["id"], **answer}, answer_data)
 
     def do_spawn(self, head, _):
@@ -120,11 +121,10 @@ class Agent:
                 os.chdir(head.get("cwd") or "/root")
                 os.environ.update(head.get("env") or {})
                 os.execvp(head["argv"][0], head["argv"])
-            except OSError as error:
-                os.write(
-                    failed_write, json.dumps([error.errno, f"{head['argv'][0]}: {error.strerror}"]).encode()
-                )
-            os._exit(127)
+            except BaseException as error:
+                os.write(failed_write, f"{head['argv'][0]}: {error}".encode())
+            finally:
+                os._exit(127)
         os.close(failed_write)
         for fd in set(theirs):
             os.close(fd)
@@ -134,8 +134,7 @@ class Agent:
             os.waitpid(pid, 0)
             for fd in ours:
                 os.close(fd)
-            number, text = json.loads(failure)
-            raise OSError(number, text)
+            raise ChildProcessError(failure.decode())
         child = Child(ident, pid, ours[0])
         self.children[pid] = child
         if head.get("pty"):
@@ -169,8 +168,9 @@ class Agent:
             if not data:
                 self.selector.unregister(fd)
                 del child.outputs[fd]
-                if fd != child.pty:
-                    os.close(fd)
+                os.close(fd)
+                if fd == child.pty:
+                    child.pty = child.stdin = None
                 return
             self.send({"event": child.outputs[fd], "id": child.ident}, data)
             if once:

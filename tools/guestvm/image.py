@@ -268,7 +268,7 @@ def _site_packages() -> Path:
 
 
 def _add_python(tree: Tree) -> None:
-    """The interpreter at /opt/python and a virtual environment on it at /opt/venv, wherever the host's are."""
+    """The interpreter at /opt/python and a virtual environment on it, /opt/venv, wherever the host has it."""
     version = f"python{sys.version_info.major}.{sys.version_info.minor}"
     tree.copy(Path(os.path.realpath(sys.executable)), f"/opt/python/bin/{version}")
     for path in {sysconfig.get_path("stdlib"), sysconfig.get_path("platstdlib")}:

@@ -11,6 +11,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache as remembered
@@ -51,6 +52,7 @@ def default_lab(directory: Path) -> dict[str, list[str]]:
     scratch = directory / "scratch.img"
     with scratch.open("wb") as file:
         file.truncate(64 << 20)
+    # The kernel's balloon driver refuses ACCESS_PLATFORM, so the balloon is unbound until guestpv takes it.
     modern = "disable-legacy=on,iommu_platform=on,ats=on"
     return {
         "netdevs": ["user,id=n0,restrict=on"],
@@ -87,7 +89,7 @@ class Machine:
         blockdevs: Sequence[str] = (),
         objects: Sequence[str] = (),
         *,
-        spare_ports: int = 1,
+        spare_ports: int = 2,
         machine: str = MACHINE,
         iommu: str = "intel",
         accel: str = "auto",
@@ -109,7 +111,8 @@ class Machine:
         self.kernel, self.iommu, self.accel, self.limit = kernel, iommu, accel, limit
         self._options = {"netdev": list(netdevs), "blockdev": list(blockdevs), "object": list(objects)}
         self._devices = devices
-        self._spare_ports = spare_ports
+        self._spare = [f"spare{number}" for number in range(spare_ports)]
+        self._plugged: dict[str, str] = {}
         self._machine, self._memory, self._cpus, self._append = machine, memory, cpus, append
         self._trace, self._extra, self._pass_fds = trace, list(extra), tuple(pass_fds)
         self._boot_limit, self._keep_log = boot_limit, keep_log
@@ -208,8 +211,8 @@ class Machine:
             if port is not None:
                 line += self._root_port(port, next(slots))
             line += ["-device", device]
-        for number in range(self._spare_ports):
-            line += self._root_port(f"spare{number}", next(slots))
+        for port in self._spare:
+            line += self._root_port(port, next(slots))
         if self._trace is not None:
             file, events = self._trace
             line += ["-D", str(file)]
@@ -228,7 +231,7 @@ class Machine:
             driver, ident, placed = fields["driver"], fields.get("id"), "bus" in fields
         else:
             driver = device.partition(",")[0]
-            keys = dict(re.findall(r",([\w.-]+)=([^,]*)", device))
+            keys = _fields(device)
             ident, placed = keys.get("id"), "bus" in keys
         if placed or driver not in _pci_devices(self._qemu):
             return None, device
@@ -351,16 +354,10 @@ class Machine:
     ) -> Result:
         """Run a command (a string goes through the shell) and wait for its end; see Process.wait."""
         process = self._agent.spawn(command, on_output, env=env or {}, cwd=cwd)
-        if stdin:
+        # A command may end without having read its input.
+        with contextlib.suppress(LabError):
             process.write(stdin)
-        if process.status is None:
-            try:
-                process.close_stdin()
-            except GuestDied:
-                raise
-            except LabError:
-                # It ended in the meantime.
-                pass
+            process.close_stdin()
         return process.wait(timeout)
 
     def spawn(
@@ -403,14 +400,63 @@ class Machine:
             raise LabError("the machine has not been started")
         return self._monitor
 
+    def plug(self, device: str, netdev: str | None = None) -> str:
+        """Hot-plug a device (it needs an `id=`) into a free spare root port; its PCI address in the guest.
+
+        `netdev` is a -netdev string that is added first.
+        """
+        free = [port for port in self._spare if port not in self._plugged.values()]
+        if not free:
+            raise LabError(
+                f"all {len(self._spare)} spare root ports are taken; ask for more with spare_ports="
+            )
+        for command in ([f"netdev_add {netdev}"] if netdev else []) + [f"device_add {device},bus={free[0]}"]:
+            said = self.qmp("human-monitor-command", command_line=command)
+            if said.strip():
+                raise LabError(f"QEMU refuses {command}: {said.strip()}")
+        ident = _fields(device)["id"]
+        self._plugged[ident] = free[0]
+        appeared = (
+            f"for i in $(seq 300); do ls {self._port_path(ident)}/*:00.0 && exit; sleep 0.02; done; exit 1"
+        )
+        if self.run(appeared).status != 0:
+            raise LabError(f"{ident} did not appear in the guest")
+        return self.address(ident)
+
+    def unplug(self, ident: str, timeout: float = 30) -> None:
+        """Ask the guest to let the device go (device_del) and wait until QEMU has removed it."""
+        self.qmp("device_del", id=ident)
+        self.wait_event("DEVICE_DELETED", timeout, device=ident)
+        self._plugged.pop(ident, None)
+
+    def interrupts(self) -> Counter[str]:
+        """How often each interrupt has fired, all CPUs together, by its name in the guest's /proc/interrupts."""
+        lines = self.read_file("/proc/interrupts").decode().splitlines()
+        cpus = len(lines[0].split())
+        counts: Counter[str] = Counter()
+        for line in lines[1:]:
+            words = line.split()
+            if words[0].rstrip(":").isdigit():
+                counts[" ".join(words[cpus + 3 :])] += sum(map(int, words[1 : cpus + 1]))
+        return counts
+
+    def _port_path(self, ident: str) -> str:
+        port = self._plugged.get(ident, f"port-{ident}")
+        if port not in self._ports:
+            raise LabError(f"{ident} is not a device behind a root port")
+        return f"/sys/bus/pci/devices/0000:00:{self._ports[port]:02x}.0"
+
     def address(self, ident: str) -> str:
         """The PCI address in the guest of the device that sits behind a root port with QEMU id `ident`."""
-        slot = self._ports[f"port-{ident}" if f"port-{ident}" in self._ports else ident]
-        listing = self.run(f"ls /sys/bus/pci/devices/0000:00:{slot:02x}.0/").check().stdout
+        listing = self.run(["ls", self._port_path(ident)]).check().stdout
         found = re.findall(r"^[0-9a-f]{4}:[0-9a-f]{2}:[0-9a-f]{2}\.[0-7]$", listing, re.MULTILINE)
         if not found:
             raise LabError(f"no device behind the root port of {ident}")
         return str(found[0])
+
+
+def _fields(device: str) -> dict[str, str]:
+    return dict(re.findall(r",([\w.-]+)=([^,]*)", device))
 
 
 def require_qemu(program: str = QEMU) -> None:

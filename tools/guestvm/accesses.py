@@ -1,0 +1,48 @@
+"""Device register accesses, counted from QEMU's trace between phase marks.
+
+Run the machine with ``trace=(file, TRACE_EVENTS)`` and ``ioeventfd=off`` on the devices (an ioeventfd takes
+the doorbell past the trace). ``Machine.mark("a")`` writes a byte to the debug port 0xe9, which QEMU traces
+into the same file: what follows, up to the next mark, is phase "a".
+"""
+
+import re
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+
+TRACE_EVENTS = ("memory_region_ops_*", "virtio_queue_notify", "virtio_notify")
+
+_REGION = re.compile(r"memory_region_ops_(read|write) .* value (0x[0-9a-f]+) size \d+ name '(.*)'")
+_EVENT = re.compile(r"(?:\d+@[\d.]+:)?(virtio_\w+) ")
+_DEBUG_PORT = "isa-debugcon"
+
+
+@dataclass
+class Phase:
+    """What happened between one mark and the next: reads and writes by memory region, other trace events."""
+
+    reads: Counter[str] = field(default_factory=Counter)
+    writes: Counter[str] = field(default_factory=Counter)
+    events: Counter[str] = field(default_factory=Counter)
+
+    def accesses(self, prefix: str) -> int:
+        """Reads and writes together of all regions whose name begins with `prefix` (`virtio-pci-notify`)."""
+        both = self.reads + self.writes
+        return sum(count for region, count in both.items() if region.startswith(prefix))
+
+
+def phases(trace: Path) -> dict[str, Phase]:
+    """The phases in a trace file by their letter; the same letter again adds to its phase."""
+    found: dict[str, Phase] = {}
+    current = Phase()
+    with trace.open(errors="replace") as lines:
+        for line in lines:
+            if region := _REGION.search(line):
+                kind, value, name = region.groups()
+                if name == _DEBUG_PORT:
+                    current = found.setdefault(chr(int(value, 16)), Phase())
+                else:
+                    (current.reads if kind == "read" else current.writes)[name] += 1
+            elif event := _EVENT.match(line):
+                current.events[event.group(1)] += 1
+    return found
