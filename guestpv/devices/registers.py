@@ -202,9 +202,10 @@ class VirtioRegisters:
     def _write_status(self, value: int) -> None:
         device = self.device
         if value == 0:
-            self._old_status = int(device.status or Status.ACKNOWLEDGE)
+            before = int(device.status or Status.ACKNOWLEDGE)
             device.write_status(0)
             self._plain_reset()
+            self._old_status = before
             self._lingering = self.reset_reads
             self._reset_seen = False
             self.isr_changed()
