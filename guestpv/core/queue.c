@@ -199,6 +199,18 @@ int32_t gpv_notify(struct gpv_queue *q)
     return notify(q);
 }
 
+void gpv_fence(void)
+{
+    GPV_DEVICE_MB();
+}
+
+int32_t gpv_notify_value(struct gpv_queue *q, uint32_t value)
+{
+    ENTER(q);
+    GPV_FENCE_FULL(q); /* whatever was written to the rings, by whomever, before the notification */
+    return gpv_kick_send(&q->kick, value) ? GPV_EKICK : 1;
+}
+
 int32_t gpv_reap(struct gpv_queue *q, uint32_t *ids, uint32_t *lengths, uint64_t *cookies, uint32_t max)
 {
     ENTER_UNBROKEN(q);

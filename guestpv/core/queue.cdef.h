@@ -82,6 +82,10 @@ int32_t gpv_add_burst(struct gpv_queue *q, const uint64_t *addresses, const uint
 int32_t gpv_publish(struct gpv_queue *q);
 /* Notifies the device whatever it asked for. */
 int32_t gpv_notify(struct gpv_queue *q);
+/* A full barrier towards devices, for whoever writes to rings by hand. */
+void gpv_fence(void);
+/* Sends this notification value, on a broken queue too: for rings that somebody wrote by hand. */
+int32_t gpv_notify_value(struct gpv_queue *q, uint32_t value);
 /* Takes up to max used buffers. Each of the arrays may be NULL. Returns how many; GPV_EBROKEN comes only after every
  * buffer that came back before the violation was delivered. */
 int32_t gpv_reap(struct gpv_queue *q, uint32_t *ids, uint32_t *lengths, uint64_t *cookies, uint32_t max);
