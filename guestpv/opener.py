@@ -21,8 +21,10 @@ SCHEMES = {
     "vfio": "guestpv.vfio.function",
     "loopback": "guestpv.devices.loopback",
     "qtest": "guestpv.pci.qtest",
+    "vhost-user": "guestpv.transport.vhost_user",
 }
-"""Scheme -> module whose ``open_function(body, params)`` gives the PCI function."""
+"""Scheme -> module whose ``open_function(body, params)`` gives the PCI function; one that is no PCI function
+has ``open_transport(body, params)``, which gives the transport itself."""
 
 DRIVERS = {feat.RNG: ("guestpv.drivers.rng", "Rng"), feat.NET: ("guestpv.drivers.net", "Net")}
 """Virtio device id -> module and class of its driver."""
@@ -71,11 +73,30 @@ class Spec:
 
 
 def open_function(spec: str | Spec) -> PciFunction:
-    """The PCI function that a specification names, not yet looked at."""
+    """The PCI function that a specification names, not yet looked at.
+
+    Raises:
+        UsageError: the scheme knows no PCI functions.
+    """
     parsed = spec if isinstance(spec, Spec) else Spec.parse(spec)
     module = importlib.import_module(SCHEMES[parsed.scheme])
+    if not hasattr(module, "open_function"):
+        raise UsageError(f"{parsed.scheme}:{parsed.body} is no PCI function")
     function: PciFunction = module.open_function(parsed.body, parsed.params)
     return function
+
+
+def _open_transport(parsed: Spec) -> Transport:
+    module = importlib.import_module(SCHEMES[parsed.scheme])
+    if hasattr(module, "open_transport"):
+        transport: Transport = module.open_transport(parsed.body, parsed.params)
+        return transport
+    function = open_function(parsed)
+    try:
+        return PciTransport(function)
+    except BaseException:
+        function.close()
+        raise
 
 
 def open(spec: str) -> Transport:
@@ -93,15 +114,14 @@ def open(spec: str) -> Transport:
     mode = parsed.params.pop("mode", "")
     if mode not in ("", "msix", "intx", "poll"):
         raise UsageError(f"mode is msix, intx or poll, not {mode!r}", where=spec)
-    function = open_function(parsed)
+    transport = _open_transport(parsed)
     try:
-        transport = PciTransport(function)
         transport.feature_filter = FeatureFilter.parse(wishes, transport.device_type)
         if mode:
             transport.mode = mode  # type: ignore[assignment]
         transport.reset()
     except BaseException:
-        function.close()
+        transport.release()
         raise
     return transport
 
