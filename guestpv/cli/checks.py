@@ -11,7 +11,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Final, Literal
 
-from ..errors import GuestpvError
+from ..errors import GuestpvError, Refused
 from ..opener import DRIVERS, SCHEMES, Spec
 from ..opener import open as open_transport
 from ..spec import features as feat
@@ -277,6 +277,9 @@ def platform(function: Function, where: str, system: System = SYSTEM) -> Check:
         try:
             with open_transport(f"vfio:{function.address}") as transport:
                 offered: int | None = transport.offered
+        except Refused as error:
+            # Somebody drives it, so it went through the same question when it was opened.
+            return Check(name, "ok", f"not asked: {error.message}")
         except GuestpvError as error:
             return Check(name, "warn", f"not known: {error.message}", error.hint)
     else:

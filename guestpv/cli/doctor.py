@@ -43,7 +43,8 @@ def doctor(report: Report, spec: str | None) -> None:
             GuestpvError(f"{len(failed)} of {len(checks)} checks failed: {', '.join(failed)}"), data
         )
         click.get_current_context().exit(GuestpvError.exit_status)
-    report.done(data, lambda: click.echo("All is well." if not failed else ""))
+    warned = any(check.verdict == "warn" for check in checks)
+    report.done(data, lambda: click.echo("Nothing is missing." if warned else "All is well."))
 
 
 def show(checks: list[Check]) -> None:

@@ -45,10 +45,20 @@ def down(report: Report, name: str | None, everything: bool) -> None:
             ) from error
         if "error" in farewell:
             raise GuestpvError(f"it ended with an error: {farewell['error']}", where=endpoint.name)
-        ended.append({"name": endpoint.name, "driver": farewell.get("driver")})
+        ended.append(farewell)
 
     def show() -> None:
         for one in ended:
-            click.echo(f"{one['name']} is down; the function has {one['driver'] or 'no kernel driver'}.")
+            click.echo(f"{one['name']} is down{where_it_is(one)}")
 
     report.done(ended, show)
+
+
+def where_it_is(farewell: dict[str, str | None]) -> str:
+    """Who has the function now, where it is one of the kernel's."""
+    function, driver = farewell["function"], farewell["driver"]
+    if driver is None:
+        return "."
+    if driver == "vfio-pci":
+        return f"; {function} stays bound to vfio-pci (guestpv unbind {function})."
+    return f"; {driver} has {function} again."

@@ -122,7 +122,7 @@ def in_foreground(session_type: type[Session], wishes: Any, report: Report) -> N
 
         def tell(event: str) -> None:
             if report.as_json:
-                report.event({"event": event})
+                report.event(event)
             elif live is not None:
                 live.say(event)
             else:
@@ -158,6 +158,10 @@ def describe(status: dict[str, Any]) -> list[tuple[str, str]]:
         ("features", " ".join(status["features"])),
         ("link", f"{status['name']}, MAC {status['mac']}, MTU {status['mtu']}, carrier {status['link']}"),
     ]
+    if status["stays_bound"]:
+        rows.insert(
+            1, ("", f"was bound to vfio-pci before, and stays so (guestpv unbind {status['function']})")
+        )
     if address is None:
         return [*rows, ("address", "none")]
     lease = ""

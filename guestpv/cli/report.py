@@ -44,9 +44,11 @@ class Report:
             human()
         sys.stdout.flush()
 
-    def event(self, data: Any) -> None:
+    def event(self, text: str) -> None:
         """In JSON: a line about something that happened while the verb runs."""
-        self._line(ok=True, data=data, error=None)
+        click.echo(
+            json.dumps({"schema": "guestpv.event/1", "ok": True, "data": {"event": text}, "error": None})
+        )
         sys.stdout.flush()
 
     def say(self, text: str) -> None:

@@ -105,7 +105,11 @@ class Session:
                     "error": f"{error.where}: {error.message}" if error.where else error.message
                 }
                 raise
-            control.farewell = {"name": self._identity["name"], "driver": self._driver_after()}
+            control.farewell = {
+                "name": self._identity["name"],
+                "function": self._function,
+                "driver": self._driver_after(),
+            }
 
     def _bring_up(self, undo: ExitStack, stop: Stop, control: ControlServer) -> None:
         wishes = self._wishes
@@ -158,8 +162,6 @@ class Session:
         if bound.changed:
             undo.callback(self._give_back)
             self._say(f"{function.address} taken from {bound.driver or 'no driver'}")
-        else:
-            self._say(f"{function.address} was bound to vfio-pci already, and stays so")
 
     def _give_back(self) -> None:
         try:
@@ -213,7 +215,7 @@ class Session:
             "pid": os.getpid(),
             "started": self._started,
             "driver_before": self._driver_before,
-            "bound_here": self._bound,
+            "stays_bound": Spec.parse(self._spec).scheme == "vfio" and not self._bound,
             "mac": service.mac,
             "mtu": service.mtu,
             "queue_pairs": self._wishes.queue_pairs,
