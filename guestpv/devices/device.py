@@ -172,6 +172,7 @@ class Device:
         self.status |= Status.FEATURES_OK
         for queue in self.queues:
             queue.reset()
+        self.model.negotiated()
 
     def _start(self) -> None:
         if not self.status & Status.FEATURES_OK:

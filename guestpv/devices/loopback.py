@@ -8,8 +8,14 @@ from ..errors import UsageError
 from ..spec import features as ft
 from .function import SoftwareFunction
 from .model import DEFAULT_QUEUE_SIZE, Model
+from .models.balloon import Balloon
+from .models.blk import Blk
+from .models.blk_store import Store
+from .models.net import Net
 from .models.rng import Rng
+from .models.wire import SOCKETS, echo
 
+DEFAULT_DISK = 64 << 20
 SWITCHES = {
     "packed": ft.F_RING_PACKED,
     "indirect_desc": ft.F_INDIRECT_DESC,
@@ -66,7 +72,62 @@ def _rng(params: Params, depth: int) -> Model:
     return Rng(int(seed, 0) if seed else None, params.number("most", 0), depth)
 
 
-MODELS: dict[str, Callable[[Params, int], Model]] = {"rng": _rng}
+def _net(params: Params, depth: int) -> Model:
+    mac = params.text("mac", "52:54:00:00:00:01")
+    try:
+        address = bytes.fromhex(mac.replace(":", ""))
+    except ValueError:
+        raise UsageError(f"mac={mac!r} is no MAC address") from None
+    model = Net(
+        address,
+        mtu=params.number("mtu", 0),
+        pairs=params.number("pairs", 1),
+        offloads=params.switch("offloads", True),
+        depth=depth,
+        backlog=params.number("backlog", 1024),
+    )
+    kind, _, name = params.text("peer", "echo").partition(":")
+    if kind == "echo" and not name:
+        echo(model)
+    elif kind == "wire" and name:
+        SOCKETS.plug(name, model)
+    elif kind != "sink" or name:
+        raise UsageError("peer is echo, sink or wire:NAME", where="loopback:net")
+    return model
+
+
+def _blk(params: Params, depth: int) -> Model:
+    path = params.text("file")
+    read_only = params.switch("ro", False)
+    store = Store(path, params.number("size", 0 if path else DEFAULT_DISK), read_only)
+    try:
+        return Blk(
+            store,
+            read_only=read_only,
+            num_queues=params.number("num_queues", 1),
+            serial=params.text("serial", "guestpv").encode(),
+            block_size=params.number("block_size", 512),
+            seg_max=params.number("seg_max", 0),
+            size_max=params.number("size_max", 0),
+            depth=depth,
+        )
+    except BaseException:
+        store.close()
+        raise
+
+
+def _balloon(params: Params, depth: int) -> Model:
+    model = Balloon(depth)
+    model.config["num_pages"] = params.number("target", 0)
+    return model
+
+
+MODELS: dict[str, Callable[[Params, int], Model]] = {
+    "rng": _rng,
+    "net": _net,
+    "blk": _blk,
+    "balloon": _balloon,
+}
 
 
 def open_function(body: str, params: dict[str, str]) -> SoftwareFunction:
@@ -89,6 +150,15 @@ def open_function(body: str, params: dict[str, str]) -> SoftwareFunction:
             - ``flr``: ``off`` leaves out the function level reset.
 
             ``rng``: ``seed``, ``most`` (bytes a buffer gets at most).
+
+            ``net``: ``mac``, ``mtu`` (0: not offered), ``pairs``, ``offloads`` (``on``), ``backlog``,
+            ``peer``: ``echo`` sends everything back, ``sink`` swallows it, ``wire:NAME`` connects the two
+            functions of this process that name the same wire.
+
+            ``blk``: ``file`` (else memory), ``size`` (64M), ``ro``, ``num_queues``, ``serial``,
+            ``block_size``, ``seg_max``, ``size_max``.
+
+            ``balloon``: ``target`` in 4096-byte pages.
 
     Raises:
         UsageError: device type or parameter unknown, or a value makes no sense.

@@ -56,6 +56,9 @@ class Model:
     def queue_reset(self, queue: DeviceQueue) -> None:
         """The driver reset one queue; its chains are not ours any more."""
 
+    def negotiated(self) -> None:
+        """FEATURES_OK was set and kept."""
+
     def start(self) -> None:
         """The driver set DRIVER_OK."""
 

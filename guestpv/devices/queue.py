@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from ..spec import features as ft
@@ -30,7 +30,7 @@ class DeviceQueue:
         enabled: whether the driver enabled it.
         ring: the ring while enabled, else None.
         hold: keep completions back until ``release`` (also ``Device.hold``, for all queues).
-        held: completions kept back, oldest first.
+        held: completions kept back, oldest first; each entry is what is shown together.
         ask_for_kicks: False suppresses available buffer notifications; ``Device.poll`` then moves the queue.
         kicks, interrupts: notifications seen and sent since the device was made.
     """
@@ -42,7 +42,7 @@ class DeviceQueue:
         self.ask_for_kicks = True
         self.kicks = 0
         self.interrupts = 0
-        self.held: list[tuple[Chain, int]] = []
+        self.held: list[tuple[tuple[Chain, int], ...]] = []
         self.ring: Ring | None = None
         self.reset()
 
@@ -134,17 +134,22 @@ class DeviceQueue:
 
     def complete(self, chain: Chain, length: int = 0) -> None:
         """The model is done with a chain and wrote ``length`` bytes: show it to the driver, or hold it."""
+        self.complete_together([(chain, length)])
+
+    def complete_together(self, done: Sequence[tuple[Chain, int]]) -> None:
+        """Complete chains so that the driver sees all of them as used or none."""
         if self.hold or self.owner.hold:
-            self.held.append((chain, length))
-        else:
+            self.held.append(tuple(done))
+            return
+        for chain, length in done:
             self.push(chain, length)
-            self.publish()
+        self.publish()
 
     def release(self, count: int | None = None, order: Callable[[int], int] | None = None) -> int:
         """Show held completions to the driver; returns how many.
 
         Args:
-            count: at most so many, None for all.
+            count: at most so many (chains completed together count once), None for all.
             order: sort key over their place in ``held`` (``lambda n: -n`` reverses). With IN_ORDER the ring
                 still waits for earlier chains.
         """
@@ -152,8 +157,9 @@ class DeviceQueue:
         chosen = places[:count]
         done = [self.held[place] for place in chosen]
         self.held = [entry for place, entry in enumerate(self.held) if place not in set(chosen)]
-        for chain, length in done:
-            self.push(chain, length)
+        for group in done:
+            for chain, length in group:
+                self.push(chain, length)
         self.publish()
         return len(done)
 

@@ -520,7 +520,7 @@ def test_a_chain_from_before_a_reset_is_dropped(bench: Bench, packed: int) -> No
     bench.function.device.hold = True
     request(queue)
     queue.kick()
-    (chain, length) = bench.queue.held[0]
+    ((chain, length),) = bench.queue.held[0]
     queue = bench.start(packed)
     bench.queue.push(chain, length)
     bench.queue.publish()
