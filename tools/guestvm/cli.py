@@ -105,7 +105,7 @@ def run(
         failed = result.status != 0
     finally:
         machine.stop(failed)
-    sys.exit(result.status if result.status >= 0 else 128 - result.status)
+    sys.exit(_exit_status(result.status))
 
 
 @main.command()
@@ -113,7 +113,7 @@ def run(
 @click.option("--timeout", type=click.FloatRange(min=0), default=0, show_default=True,
               help="Seconds until the virtual machine is killed; 0 is never.")  # fmt: skip
 def shell(devices: tuple[str, ...], timeout: float, quiet: bool, **options: Any) -> None:
-    """Boot and give a prompt in the guest; it ends with the shell."""
+    """Boot and give a prompt in the guest; the machine ends with it, and its exit status comes back."""
     with Machine(devices=devices or None, limit=timeout, progress=Progress(quiet), **options) as machine:
         size = shutil.get_terminal_size()
         process = machine.spawn(["bash", "-l"], pty=(size.lines, size.columns), on_output=_print)
@@ -127,6 +127,12 @@ def shell(devices: tuple[str, ...], timeout: float, quiet: bool, **options: Any)
                 termios.tcsetattr(0, termios.TCSADRAIN, before)
         else:
             _converse(process)
+        status = process.wait(60).status
+    sys.exit(_exit_status(status))
+
+
+def _exit_status(status: int) -> int:
+    return status if status >= 0 else 128 - status
 
 
 def _print(stream: str, data: bytes) -> None:

@@ -141,7 +141,9 @@ def root(source: kernel.Kernel, progress: Progress) -> Path:
     _add_python(tree)
     _add_tools(tree)
     modules = kernel.closure(source, MODULES)
-    key = cache.key_of([source.package, *map(str, modules), *tree.fingerprint()])
+    # Finding the libraries takes seconds, so the loader's cache, which every library package renews, stands in.
+    libraries = str(Path("/etc/ld.so.cache").stat().st_mtime_ns)
+    key = cache.key_of([source.package, libraries, *map(str, modules), *tree.fingerprint()])
 
     def build(work: Path) -> None:
         with progress.step(f"building the root image for kernel {source.release}"):
@@ -291,9 +293,12 @@ def _add_python(tree: Tree) -> None:
 
 
 def _python_files(library: Path) -> Iterator[Path]:
-    for file in sorted(library.rglob("*")):
-        if file.is_file() and not _pruned(f"/{file.relative_to(library)}"):
-            yield file
+    for folder, inner, names in os.walk(library):
+        inside = folder.removeprefix(str(library))
+        inner[:] = [name for name in inner if not _pruned(f"{inside}/{name}/")]
+        for name in names:
+            if not _pruned(f"{inside}/{name}"):
+                yield Path(folder, name)
 
 
 def _pruned(path: str) -> bool:

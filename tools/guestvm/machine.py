@@ -161,6 +161,10 @@ class Machine:
         """Build what is missing, boot and wait for the agent."""
         require_qemu(self._qemu)
         source = kernels.get(self.kernel, self._progress)
+        if self.iommu == "virtio" and not kernels.closure(source, ["virtio_iommu"]):
+            raise LabError(
+                f"kernel {self.kernel} has no virtio-iommu driver; use --kernel 6.12 or --iommu intel"
+            )
         root = image.root(source, self._progress)
         initramfs = image.initramfs(source)
         if self.accel == "auto":
@@ -430,7 +434,7 @@ class Machine:
         self._plugged.pop(ident, None)
 
     def interrupts(self) -> Counter[str]:
-        """How often each interrupt has fired, all CPUs together, by its name in the guest's /proc/interrupts."""
+        """How often each interrupt fired, all CPUs together, by its name in the guest's /proc/interrupts."""
         lines = self.read_file("/proc/interrupts").decode().splitlines()
         cpus = len(lines[0].split())
         counts: Counter[str] = Counter()
