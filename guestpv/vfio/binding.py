@@ -132,7 +132,8 @@ def _take(function: Function, undo: ExitStack, system: System) -> None:
 
 
 def _restore(address: str, record: dict[str, str | None], system: System) -> None:
-    _release(address, system)
+    if system.read_text(f"{DEVICES}/{address}/driver_override") == VFIO_DRIVER:
+        _release(address, system)
     if driver_of(address, system) is None:
         _give_back(address, record, system)
 

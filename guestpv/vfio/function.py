@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import mmap
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, Final
@@ -158,6 +158,7 @@ class VfioFunction:
             if not self._device_info["flags"] & abi.DEVICE_FLAGS_PCI:
                 raise GuestpvError("VFIO does not call it a PCI function", where=self.name)
             undo.callback(self._unmap_bars)
+            undo.callback(lambda: self._close_events(self._events))
             undo.callback(self._silence)
             self._command(COMMAND_MEMORY | COMMAND_BUS_MASTER, 0)
             self._undo = undo.pop_all()
@@ -292,12 +293,15 @@ class VfioFunction:
         return list(fds)
 
     def _disarm(self, index: int) -> None:
-        fds = self._events.pop(index, None)
-        if fds:
-            with ExitStack() as undo:
-                for fd in fds:
-                    undo.callback(self._system.close, fd)
-                self._set_irqs(abi.IRQ_SET_DATA_NONE | abi.IRQ_SET_ACTION_TRIGGER, index, 0)
+        if index in self._events:
+            self._set_irqs(abi.IRQ_SET_DATA_NONE | abi.IRQ_SET_ACTION_TRIGGER, index, 0)
+            self._close_events([index])
+
+    def _close_events(self, indexes: Iterable[int]) -> None:
+        with ExitStack() as every:
+            for index in list(indexes):
+                for fd in self._events.pop(index):
+                    every.callback(self._system.close, fd)
 
     def _irq(self, index: int) -> dict[str, int]:
         """What VFIO says about an interrupt index; a count of 0 where it does not know it."""
