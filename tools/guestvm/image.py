@@ -141,7 +141,7 @@ def root(source: kernel.Kernel, progress: Progress) -> Path:
     _add_python(tree)
     _add_tools(tree)
     modules = kernel.closure(source, MODULES)
-    # Finding the libraries takes seconds, so the loader's cache, which every library package renews, stands in.
+    # Finding the libraries takes seconds; the loader's cache, which every library package renews, stands in.
     libraries = str(Path("/etc/ld.so.cache").stat().st_mtime_ns)
     key = cache.key_of([source.package, libraries, *map(str, modules), *tree.fingerprint()])
 
