@@ -231,11 +231,18 @@ class Bench:
     kicks: list[int]
 
 
-def bench(features: int, size: int, *, index: int = 5, **options: object) -> Bench:
+def bench(
+    features: int,
+    size: int,
+    *,
+    index: int = 5,
+    queue_type: type[Virtqueue] = Virtqueue,
+    **options: object,
+) -> Bench:
     """A virtqueue over fake memory with a peer on it; ``options`` go to the Virtqueue."""
     space = PeerSpace()
     pool = DmaPool(space)
     kicks: list[int] = []
-    queue = Virtqueue(index, size, features, pool, Kick.call(kicks.append), **options)  # type: ignore[arg-type]
+    queue = queue_type(index, size, features, pool, Kick.call(kicks.append), **options)  # type: ignore[arg-type]
     peer = PackedPeer(queue, space) if queue.packed else SplitPeer(queue, space)
     return Bench(queue, peer, pool, space, kicks)

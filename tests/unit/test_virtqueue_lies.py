@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 
 from guestpv.errors import DeviceViolation
+from guestpv.virtqueue.check import CheckedVirtqueue, InvariantBroken
+from guestpv.virtqueue.queue import Virtqueue
 from guestpv.virtqueue.raw import RawPacked, RawSplit
 from ringpeer import AVAIL, USED, WRITE, Bench, bench, mask
 
@@ -293,3 +296,71 @@ def test_raw_packed_ring_takes_any_value_and_reports_what_the_device_said() -> N
         assert entry[:2] == (0x1234, 17)
     raw.descriptor(1, 1, 2, 3, 0xFFFF)
     assert raw.desc[1].tolist() == (1, 2, 3, 0xFFFF)
+
+
+def checked(features: int) -> Bench:
+    b = bench(features, 8, name="the queue under test", queue_type=CheckedVirtqueue)
+    read, write = b.pool.allocate(4), b.pool.allocate(40)
+    for _ in range(2):
+        b.queue.add([read], [write])
+    b.queue.publish()
+    return b
+
+
+@FORMATS
+@pytest.mark.parametrize("field", ["addr", "len"])
+def test_the_checked_queue_names_a_rewritten_descriptor(base: int, field: str) -> None:
+    b = checked(base)
+    b.queue.desc[3][field] ^= 1
+    with pytest.raises(DeviceViolation, match=r"rewrote descriptor 3 of buffer [12]") as caught:
+        b.queue.publish()
+    assert caught.value.requirement == ("DEV-PACKED-07" if b.queue.packed else "DEV-SPLIT-06")
+    b.queue.desc[3][field] ^= 1
+    b.queue.publish()
+
+
+@FORMATS
+def test_the_checked_queue_names_a_rewritten_table(base: int) -> None:
+    b = checked(base | mask("INDIRECT_DESC"))
+    b.space.at(int(b.queue.desc[1]["addr"]), 32)[17] ^= 1
+    with pytest.raises(DeviceViolation, match="rewrote the indirect table of buffer 1"):
+        b.queue.reap_burst()
+
+
+def test_the_checked_queue_knows_the_flags_of_event_index() -> None:
+    b = checked(mask("EVENT_IDX"))
+    b.queue.device["flags"] = 1
+    with pytest.raises(DeviceViolation, match="used flags are 0x1") as caught:
+        b.queue.reap_burst()
+    assert caught.value.requirement == "DEV-SPLIT-20"
+
+
+def test_the_checked_queue_finds_a_driver_that_broke_an_invariant() -> None:
+    b = checked(SPLIT)
+    b.queue.driver["idx"] = 1
+    with pytest.raises(InvariantBroken, match="index: available idx 0x0001, published 0x0002"):
+        b.queue.publish()
+    b.queue.driver["idx"] = 2
+    b.queue.driver["flags"] = 2
+    with pytest.raises(InvariantBroken, match="suppression: available flags 0x2"):
+        b.queue.publish()
+    b.queue.driver["flags"] = 0
+    placed = b.queue._placed
+    placed[7] = placed[0]
+    with pytest.raises(InvariantBroken, match=r"disjoint: descriptors \[0, 1\] belong to two buffers"):
+        b.queue.publish()
+    del placed[7], placed[0]
+    with pytest.raises(InvariantBroken, match="counted: 4 free and 2 taken descriptors of 8"):
+        b.queue.publish()
+
+
+@FORMATS
+def test_the_checked_queue_sees_a_buffer_that_does_not_stand_as_it_was_added(
+    base: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    b = checked(base)
+    read, write = b.pool.allocate(4), b.pool.allocate(40)
+    monkeypatch.setattr(Virtqueue, "add", lambda self, *_: Virtqueue.add_burst(self, *burst)[0])
+    burst = np.array([[read.address, write.address]], np.uint64), np.array([[4, 40]], np.uint32), 2
+    with pytest.raises(InvariantBroken, match="shape: buffer"):
+        b.queue.add([read], [write])
