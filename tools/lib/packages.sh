@@ -20,7 +20,7 @@ packages_of() {
         ;;
     qemu) # real devices without a guest
         echo "qemu-system-x86 qemu-system-x86_64"
-        echo "qemu-system-common qemu-storage-daemon"
+        echo "qemu-utils qemu-storage-daemon" # Debian 12 has it in qemu-system-common, which qemu-system-x86 needs
         ;;
     guest) # the guest lab
         packages_of qemu
@@ -48,7 +48,8 @@ package_present() {
     /*) [ -e "$probe" ] ;;
     python:ensurepip) python3 -c 'import venv, ensurepip' 2>/dev/null ;;
     python:header)
-        python3 -c 'import os, sysconfig, sys; sys.exit(not os.path.exists(sysconfig.get_path("include") + "/Python.h"))'
+        python3 -c 'import os, sysconfig, sys
+sys.exit(not os.path.exists(sysconfig.get_path("include") + "/Python.h"))' 2>/dev/null
         ;;
     lib:*) compgen -G "/lib/*/${probe#lib:}" >/dev/null || compgen -G "/usr/lib*/${probe#lib:}" >/dev/null ;;
     dpkg:*) [ -e "/var/lib/dpkg/info/${probe#dpkg:}.list" ] || compgen -G "/var/lib/dpkg/info/${probe#dpkg:}:*.list" >/dev/null ;;
