@@ -208,8 +208,10 @@ def read_module(path: Path) -> bytes:
 
 
 def _run(command: list[str], what: str, cwd: Path | None = None, timeout: float = 300) -> str:
+    # Debian's ordinary users have no sbin in PATH, where depmod is.
+    env = {**os.environ, "PATH": f"{os.environ.get('PATH', os.defpath)}:/usr/sbin:/sbin"}
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, cwd=cwd)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, cwd=cwd, env=env)
     except FileNotFoundError:
         raise LabError(f"cannot {what}: {command[0]} is not installed") from None
     except subprocess.TimeoutExpired:
