@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import time
 from collections.abc import Mapping
 
-from ..errors import UsageError
+from ..errors import DeviceGone, UsageError
 from ..memory import DmaSpace
 from ..spec import pci as spec
 from .capabilities import walk
@@ -128,15 +129,16 @@ class QtestFunction:
             self._line_changed(self._intx_raised)
 
     def disable_interrupts(self) -> None:
-        """Take the eventfds away from the function."""
-        if self._vectors:
-            control = self.config_read(self._msix + MSIX_CONTROL, 2)
-            self.config_write(self._msix + MSIX_CONTROL, 2, control & ~MSIX_ENABLE)
-            self.machine.give_vectors(self._vectors)
-            self._vectors = []
-        if self._intx_fd >= 0:
-            self._command(set=spec.COMMAND_INTX_DISABLE)
-            self._close_intx()
+        """Take the eventfds away from the function; one that is gone has lost them already."""
+        with contextlib.suppress(DeviceGone):
+            if self._vectors:
+                control = self.config_read(self._msix + MSIX_CONTROL, 2)
+                self.config_write(self._msix + MSIX_CONTROL, 2, control & ~MSIX_ENABLE)
+            if self._intx_fd >= 0:
+                self._command(set=spec.COMMAND_INTX_DISABLE)
+        self.machine.give_vectors(self._vectors)
+        self._vectors = []
+        self._close_intx()
 
     def _close_intx(self) -> None:
         with self.machine.session.lock:
