@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
@@ -25,7 +26,6 @@ from ..virtqueue.queue import Virtqueue
 from ..wire.vhost_user import (
     F_LOG_ALL,
     F_PROTOCOL_FEATURES,
-    NO_FD,
     U64,
     Config,
     Inflight,
@@ -74,6 +74,10 @@ FRESH_PACKED_BASE: Final = 1 << 15 | 1 << 31
 """SET_VRING_BASE of a fresh packed ring: both offsets 0, both wrap counters 1."""
 
 
+LOOK: Final = 0.1
+"""Seconds between two looks at the back end's health by a queue without an interrupt."""
+
+
 @dataclass(slots=True)
 class Ring:
     """A queue and the descriptors it shares with the back end."""
@@ -89,6 +93,23 @@ class Ring:
         """Close the eventfds."""
         for fd in (self.kick, self.call, self.error):
             SYSTEM.close(fd)
+
+
+class PolledQueue(Virtqueue):
+    """A queue without an interrupt, whose waiters look now and then whether the back end is alive."""
+
+    check: Callable[[], None]
+
+    def wait(self, timeout: float | None, spin_us: int = 50) -> bool:
+        deadline = None if timeout is None else time.monotonic() + timeout
+        while True:
+            left = LOOK if deadline is None else max(0.0, deadline - time.monotonic())
+            if super().wait(min(left, LOOK), spin_us):
+                return True
+            self.check()
+            if left < LOOK:
+                return False
+            spin_us = 0
 
 
 class VhostUserTransport(Transport):
@@ -293,18 +314,23 @@ class VhostUserTransport(Transport):
 
     def set_up_queue(self, index: int, size: int, features: int) -> Virtqueue:
         kick, call, error = (SYSTEM.eventfd() for _ in range(3))
-        polling = self.mode == "poll"
+        name = f"{self.name} queue {index}"
         try:
-            queue = Virtqueue(
-                index,
-                size,
-                features,
-                self.pool,
-                Kick.eventfd(kick),
-                interrupt_fd=None if polling else call,
-                acknowledge=None if polling else self._check_alive,
-                name=f"{self.name} queue {index}",
-            )
+            queue: Virtqueue
+            if self.mode == "poll":
+                queue = PolledQueue(index, size, features, self.pool, Kick.eventfd(kick), name=name)
+                queue.check = self._check_alive
+            else:
+                queue = Virtqueue(
+                    index,
+                    size,
+                    features,
+                    self.pool,
+                    Kick.eventfd(kick),
+                    interrupt_fd=call,
+                    acknowledge=self._check_alive,
+                    name=name,
+                )
         except BaseException:
             for fd in (kick, call, error):
                 SYSTEM.close(fd)
@@ -332,10 +358,8 @@ class VhostUserTransport(Transport):
         session.tell(Request.SET_VRING_BASE, VringState(index, ring.base))
         session.tell(Request.SET_VRING_ADDR, VringAddress(index, 0, desc, device, driver))
         session.tell(Request.SET_VRING_ERR, U64(index), (ring.error,))
-        if self.mode == "poll":
-            session.tell(Request.SET_VRING_CALL, U64(index | NO_FD))
-        else:
-            session.tell(Request.SET_VRING_CALL, U64(index), (ring.call,))
+        # Also when nobody waits for it: libvhost-user gives up on a queue that it cannot notify.
+        session.tell(Request.SET_VRING_CALL, U64(index), (ring.call,))
 
     def _start_ring(self, ring: Ring) -> None:
         session, index = self._connected(), ring.queue.index
@@ -423,6 +447,12 @@ class VhostUserTransport(Transport):
                 "the back end no longer offers "
                 + " ".join(feat.feature_names(self.device_type, lost))
                 + ", which was negotiated before",
+                where=self.name,
+                hint="start it as it was before, or reset() and negotiate again",
+            )
+        if self._rings and max(self._rings) >= self.num_queues:
+            raise Refused(
+                f"the back end has {self.num_queues} queues now, queue {max(self._rings)} is in use",
                 where=self.name,
                 hint="start it as it was before, or reset() and negotiate again",
             )

@@ -42,7 +42,6 @@ class Session:
         path: the back end's UNIX socket.
         on_config: called, in that thread, when the device configuration changed.
         on_death: called, in that thread, when the back end went away.
-        timeout: seconds for each answer.
 
     Attributes:
         features: what GET_FEATURES answered.
@@ -63,7 +62,6 @@ class Session:
         on_config: Callable[[], None],
         on_death: Callable[[], None],
         *,
-        timeout: float = ANSWER_LIMIT,
         system: System = SYSTEM,
     ) -> None:
         self.name = f"vhost-user {path}"
@@ -75,7 +73,7 @@ class Session:
         self._on_config = on_config
         self._on_death = on_death
         self._lock = threading.Lock()
-        self._channel = Channel(_connect(path, timeout), self.name, timeout)
+        self._channel = Channel(_connect(path), self.name, ANSWER_LIMIT)
         self._backend_channel: Channel | None = None
         self._stop = system.eventfd()
         self._thread: threading.Thread | None = None
@@ -246,9 +244,9 @@ class Session:
         self.death = self.death or "the connection is closed"
 
 
-def _connect(path: str, timeout: float) -> socket.socket:
+def _connect(path: str) -> socket.socket:
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    sock.settimeout(timeout)
+    sock.settimeout(ANSWER_LIMIT)
     try:
         sock.connect(path)
     except OSError as error:

@@ -72,8 +72,6 @@ class Request(IntEnum):
     SET_OWNER = 3
     RESET_OWNER = 4
     SET_MEM_TABLE = 5
-    SET_LOG_BASE = 6
-    SET_LOG_FD = 7
     SET_VRING_NUM = 8
     SET_VRING_ADDR = 9
     SET_VRING_BASE = 10
@@ -383,6 +381,12 @@ def close_all(fds: Iterable[int]) -> None:
         os.close(fd)
 
 
+def _rights(fds: tuple[int, ...]) -> list[tuple[int, int, bytes]]:
+    if not fds:
+        return []
+    return [(socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack(f"={len(fds)}i", *fds))]
+
+
 class Channel:
     """One end of a vhost-user connection: whole messages in, whole messages out.
 
@@ -411,8 +415,8 @@ class Channel:
         """
         data = HEADER.pack(message.request, message.flags, len(message.payload)) + message.payload
         try:
-            sent = socket.send_fds(self._socket, [data], message.fds, socket.MSG_NOSIGNAL)
-            self._socket.sendall(data[sent:])
+            sent = self._socket.sendmsg([data], _rights(message.fds), socket.MSG_NOSIGNAL)
+            self._socket.sendall(data[sent:], socket.MSG_NOSIGNAL)
         except TimeoutError:
             raise TimeLimit(f"the peer read nothing for {self.timeout:g} s", where=self.name) from None
         except OSError as error:
@@ -441,8 +445,8 @@ class Channel:
         data = b""
         while len(data) < size:
             try:
-                part, came, _flags, _peer = socket.recv_fds(
-                    self._socket, size - len(data), MAX_FDS, socket.MSG_CMSG_CLOEXEC
+                part, ancillary, _flags, _peer = self._socket.recvmsg(
+                    size - len(data), socket.CMSG_SPACE(4 * MAX_FDS), socket.MSG_CMSG_CLOEXEC
                 )
             except TimeoutError:
                 raise TimeLimit(f"the peer sent nothing for {self.timeout:g} s", where=self.name) from None
@@ -450,7 +454,9 @@ class Channel:
                 raise DeviceGone(
                     f"the peer closed the connection ({error.strerror})", where=self.name
                 ) from None
-            fds += came
+            for level, kind, content in ancillary:
+                if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
+                    fds += [fd for (fd,) in struct.iter_unpack("=i", content[: len(content) // 4 * 4])]
             if not part:
                 raise DeviceGone("the peer closed the connection", where=self.name)
             data += part
