@@ -111,7 +111,7 @@ class Net:
         self.features = transport.negotiate(supported=wanted)
         with transport.failing():
             self.header_size = spec.header_dtype(self.features).itemsize
-            config = self._config()
+            config = transport.config(spec.CONFIG)
             self._check_pairs(queue_pairs, config)
             self.mac = self._choose_mac(config)
             self.mtu = int(config.get("mtu", DEFAULT_MTU))
@@ -142,9 +142,6 @@ class Net:
             self.pairs[0].rx.publish()
 
     # Set-up.
-
-    def _config(self) -> dict[str, int | bytes]:
-        return self.transport.config(spec.CONFIG)
 
     def _check_pairs(self, wanted: int, config: dict[str, int | bytes]) -> None:
         most = int(config.get("max_virtqueue_pairs", 1)) if self.transport.has(spec.F_MQ) else 1
@@ -216,7 +213,7 @@ class Net:
         """Whether the device says that its link is up; always True without F_STATUS (5.1.5)."""
         if not self.transport.has(spec.F_STATUS):
             return True
-        return bool(int(self._config()["status"]) & spec.S_LINK_UP)
+        return bool(int(self.transport.config(spec.CONFIG, "status")["status"]) & spec.S_LINK_UP)
 
     # Frames, one at a time.
 

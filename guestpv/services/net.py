@@ -203,7 +203,8 @@ class NetService:
         if config is not None and config in ready:
             with contextlib.suppress(BlockingIOError):
                 os.eventfd_read(config)
-        if not events:
+        # With an interrupt for changes the registers are left alone until it comes: each look is an exit.
+        if not events and (config is None or config in ready):
             self._check_device()
             events += self._follow_link()
         for pump in self.pumps:

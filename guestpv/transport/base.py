@@ -426,18 +426,24 @@ class Transport(ABC):
 
     # Device configuration.
 
-    def config(self, layout: Layout) -> dict[str, int | bytes]:
+    def config(self, layout: Layout, *names: str) -> dict[str, int | bytes]:
         """Device configuration, consistent in itself (2.5.1: re-read until the generation holds still).
 
         Fields whose feature is missing, or that the device's structure is too short for, are left out.
         Before negotiation the offered features decide.
+
+        Args:
+            layout: the device type's configuration.
+            names: fields to read; all of them when none is named.
 
         Raises:
             DeviceViolation: the generation changes every time.
         """
         features = self._state.features or self.offered
         length = self.config_length
-        fields = [f for f in layout if f.exists(features) and f.end <= length]
+        fields = [
+            f for f in layout if f.exists(features) and f.end <= length and (not names or f.name in names)
+        ]
         for _ in range(GENERATION_TRIES):
             before = self.config_generation()
             values = {f.name: self._read_field(f) for f in fields}

@@ -13,13 +13,18 @@ from pathlib import Path
 TRACE_EVENTS = ("memory_region_ops_*", "virtio_queue_notify", "virtio_notify")
 
 _REGION = re.compile(r"memory_region_ops_(read|write) .* value (0x[0-9a-f]+) size \d+ name '(.*)'")
-_EVENT = re.compile(r"(?:\d+@[\d.]+:)?(virtio_\w+) ")
+_EVENT = re.compile(r"(?:\d+@[\d.]+:)?(virtio_\w+) (?:vdev (0x[0-9a-f]+) )?")
+_DOORBELL = "virtio-pci-notify-"
 _DEBUG_PORT = "isa-debugcon"
 
 
 @dataclass
 class Phase:
-    """What happened between one mark and the next: reads and writes by memory region, other trace events."""
+    """What happened between one mark and the next.
+
+    reads, writes: accesses by memory region. events: other trace events by name, and for a device whose
+    doorbell was rung also by name and device ("virtio_notify virtio-net").
+    """
 
     reads: Counter[str] = field(default_factory=Counter)
     writes: Counter[str] = field(default_factory=Counter)
@@ -35,6 +40,8 @@ def phases(trace: Path) -> dict[str, Phase]:
     """The phases in a trace file by their letter; the same letter again adds to its phase."""
     found: dict[str, Phase] = {}
     current = Phase()
+    names: dict[str, str] = {}
+    rung = ""
     with trace.open(errors="replace") as lines:
         for line in lines:
             if region := _REGION.search(line):
@@ -43,6 +50,12 @@ def phases(trace: Path) -> dict[str, Phase]:
                     current = found.setdefault(chr(int(value, 16)), Phase())
                 else:
                     (current.reads if kind == "read" else current.writes)[name] += 1
+                    rung = name.removeprefix(_DOORBELL) if name.startswith(_DOORBELL) else rung
             elif event := _EVENT.match(line):
-                current.events[event.group(1)] += 1
+                kind, device = event.groups()
+                if kind == "virtio_queue_notify" and rung:
+                    names[device], rung = rung, ""
+                current.events[kind] += 1
+                if device in names:
+                    current.events[f"{kind} {names[device]}"] += 1
     return found

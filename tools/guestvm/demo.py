@@ -152,7 +152,7 @@ def main() -> int:
     console.print(Rule(Text("Done", style="bold"), align="left"))
     console.print(
         Text(
-            f"Every step did what it says; {time.monotonic() - started:.0f} s in all, kernel {options.kernel}, "
+            f"Every step did what it says: {time.monotonic() - started:.0f} s, kernel {options.kernel}, "
             f"accelerator {machine.accel}.",
             style="green",
         )
