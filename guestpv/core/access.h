@@ -1,6 +1,7 @@
 /* Every access of the core to memory shared with the device, and every fence.
  *
- * Ordinary build: C11 atomics through the compiler's builtins. With VIRTIO_F_ORDER_PLATFORM the device is hardware, which
+ * Ordinary build: the orders are C11's, through the compiler's builtins; accesses without an order are volatile, which is
+ * one access as well, and unlike a relaxed builtin lets GCC keep what it knows about other memory. With VIRTIO_F_ORDER_PLATFORM the device is hardware, which
  * C11 does not know: then the orders are made with device barriers (section 6.3: "barriers suitable for hardware devices").
  * Observing build (GPV_OBSERVING): the same, and each access goes through a hook first.
  * Model build (GPV_MODEL): model.h maps them to the checker's atomics. */
@@ -24,10 +25,10 @@
 #endif
 
 #define GPV_LOAD(q, p) \
-    (GPV_SEE(q, GPV_SAW_LOAD, p, 0), __atomic_load_n((p), __ATOMIC_RELAXED))
+    (GPV_SEE(q, GPV_SAW_LOAD, p, 0), *(const volatile __typeof__(*(p)) *)(p))
 
 #define GPV_STORE(q, p, v) \
-    (GPV_SEE(q, GPV_SAW_STORE, p, v), __atomic_store_n((p), (v), __ATOMIC_RELAXED))
+    (GPV_SEE(q, GPV_SAW_STORE, p, v), (void)(*(volatile __typeof__(*(p)) *)(p) = (v)))
 
 /* Later accesses of this side stay behind the load. */
 #define GPV_LOAD_ACQUIRE(q, p)                                                              \
@@ -35,7 +36,7 @@
         __typeof__(*(p)) value_;                                                            \
         GPV_SEE(q, GPV_SAW_LOAD_ACQUIRE, p, 0);                                             \
         if ((q)->order_platform) {                                                          \
-            value_ = __atomic_load_n((p), __ATOMIC_RELAXED);                                \
+            value_ = *(const volatile __typeof__(*(p)) *)(p);                               \
             GPV_DEVICE_RMB();                                                               \
         } else {                                                                            \
             value_ = __atomic_load_n((p), __ATOMIC_ACQUIRE);                                \
@@ -49,7 +50,7 @@
         GPV_SEE(q, GPV_SAW_STORE_RELEASE, p, v);                                            \
         if ((q)->order_platform) {                                                          \
             GPV_DEVICE_WMB();                                                               \
-            __atomic_store_n((p), (v), __ATOMIC_RELAXED);                                   \
+            *(volatile __typeof__(*(p)) *)(p) = (v);                                        \
         } else {                                                                            \
             __atomic_store_n((p), (v), __ATOMIC_RELEASE);                                   \
         }                                                                                   \

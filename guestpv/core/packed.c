@@ -25,79 +25,88 @@ static inline void fill(struct gpv_queue *q, struct gpv_packed_desc *d, uint64_t
 }
 
 /* 2.8.7: entries follow each other without NEXT, only WRITE counts. */
-static void fill_table(struct gpv_queue *q, uint32_t id, const uint64_t *addresses, uint32_t address_step,
-                       const uint32_t *lengths, uint32_t length_step, uint32_t elements, uint32_t writable_from)
+static void fill_table(struct gpv_queue *q, uint32_t id, const struct gpv_rows *rows)
 {
     struct gpv_packed_desc *table = P(q)->tables + (size_t)id * q->table_entries;
     uint32_t i;
 
-    for (i = 0; i < elements; i++) {
-        fill(q, &table[i], addresses[(size_t)i * address_step], lengths[(size_t)i * length_step], 0);
-        GPV_STORE(q, &table[i].flags, (uint16_t)(i >= writable_from ? GPV_DESC_F_WRITE : 0));
+    for (i = 0; i < rows->elements; i++) {
+        fill(q, &table[i], gpv_address(rows, i), gpv_length(rows, i), 0);
+        GPV_STORE(q, &table[i].flags, (uint16_t)(i >= rows->writable_from ? GPV_DESC_F_WRITE : 0));
     }
 }
 
 /* 2.8.21.1. The head's flags are stored after the rest of its list. The head of the first unpublished buffer gets its flags
  * in gpv_packed_publish only: the device looks at one position (2.8.2), so it sees nothing of the burst before that. */
-int32_t gpv_packed_add(struct gpv_queue *q, const uint64_t *addresses, uint32_t address_step, const uint32_t *lengths,
-                       uint32_t length_step, uint32_t elements, uint32_t writable_from, uint64_t cookie)
+int32_t gpv_packed_add(struct gpv_queue *q, struct gpv_rows rows, uint32_t count, const uint64_t *cookies, uint32_t *ids)
 {
+    struct gpv_packed_desc *const desc = P(q)->desc;
+    struct gpv_slot *const slots = q->slots;
+    const uint16_t *const next = q->next;
+    const uint32_t size = q->size, tables = gpv_tables_for(q, rows.elements), in_order = q->in_order;
+    const uint64_t published = q->turn_published;
     struct gpv_place place = P(q)->next_avail;
-    uint32_t id = q->in_order ? place.offset : q->free_head, head = place.offset, head_flags, i, count, writable;
-    struct gpv_slot *slot = &q->slots[id];
-    int32_t error = gpv_check_buffer(q, lengths, length_step, elements, writable_from, &writable);
-    int table = gpv_takes_table(q, id, elements);
+    uint32_t room = q->free, free_id = q->free_head, n, i;
+    uint64_t turn = q->turn_added;
+    int32_t error = 0;
 
-    if (error)
-        return error;
-    count = table ? 1 : elements;
-    if (q->free < count)
-        return GPV_EFULL;
-    if (table) {
-        fill_table(q, id, addresses, address_step, lengths, length_step, elements, writable_from);
-        fill(q, &P(q)->desc[head], q->tables_bus + (uint64_t)id * q->table_entries * 16, elements * 16, id);
-        head_flags = available(place.wrap) | GPV_DESC_F_INDIRECT;
-        place = gpv_place_after(place, 1, q->size);
-    } else {
-        head_flags = 0;
-        for (i = 0; i < elements; i++) {
-            struct gpv_packed_desc *d = &P(q)->desc[place.offset];
-            uint32_t flags = available(place.wrap) | (i + 1 < elements ? GPV_DESC_F_NEXT : 0) |
-                             (i >= writable_from ? GPV_DESC_F_WRITE : 0);
+    for (n = 0; n < count; n++, turn++, gpv_next_row(&rows)) {
+        const uint32_t id = in_order ? place.offset : free_id, head = place.offset;
+        const uint32_t taken = id < tables ? 1 : rows.elements;
+        struct gpv_slot *slot = &slots[id];
+        uint32_t head_flags = available(place.wrap), writable;
 
-            fill(q, d, addresses[(size_t)i * address_step], lengths[(size_t)i * length_step], id);
-            if (i == 0)
-                head_flags = flags;
-            else
-                GPV_STORE(q, &d->flags, (uint16_t)flags);
-            place = gpv_place_after(place, 1, q->size);
+        error = room < taken ? GPV_EFULL : gpv_check_row(&rows, &writable);
+        if (error)
+            break;
+        if (id < tables) {
+            fill_table(q, id, &rows);
+            fill(q, &desc[head], q->tables_bus + (uint64_t)id * q->table_entries * 16, rows.elements * 16, id);
+            head_flags |= GPV_DESC_F_INDIRECT;
+            place = gpv_place_after(place, 1, size);
+        } else {
+            for (i = 0; i < rows.elements; i++) {
+                struct gpv_packed_desc *d = &desc[place.offset];
+                uint32_t flags = (i + 1 < rows.elements ? GPV_DESC_F_NEXT : 0) |
+                                 (i >= rows.writable_from ? GPV_DESC_F_WRITE : 0);
+
+                fill(q, d, gpv_address(&rows, i), gpv_length(&rows, i), id);
+                if (i == 0)
+                    head_flags |= flags;
+                else
+                    GPV_STORE(q, &d->flags, (uint16_t)(flags | available(place.wrap)));
+                place = gpv_place_after(place, 1, size);
+            }
         }
+        if (turn == published) {
+            P(q)->held_offset = (uint16_t)head;
+            P(q)->held_flags = (uint16_t)head_flags;
+        } else {
+            GPV_STORE(q, &desc[head].flags, (uint16_t)head_flags);
+        }
+        free_id = next[id];
+        slot->cookie = cookies ? cookies[n] : 0;
+        slot->turn = turn;
+        slot->writable = writable;
+        slot->count = (uint16_t)taken;
+        slot->last = (uint16_t)id;
+        if (ids)
+            ids[n] = id;
+        room -= taken;
     }
-    if (q->turn_added == q->turn_published) {
-        P(q)->held_offset = (uint16_t)head;
-        P(q)->held_flags = (uint16_t)head_flags;
-        P(q)->added = 0;
-    } else {
-        GPV_STORE(q, &P(q)->desc[head].flags, (uint16_t)head_flags);
-    }
+    P(q)->added = (uint16_t)(P(q)->added + q->free - room);
     P(q)->next_avail = place;
-    P(q)->added += (uint16_t)count;
-    if (!q->in_order)
-        q->free_head = q->next[id];
-    slot->cookie = cookie;
-    slot->turn = q->turn_added;
-    slot->writable = writable;
-    slot->count = (uint16_t)count;
-    slot->last = (uint16_t)id;
-    q->free -= count;
-    q->turn_added++;
-    return (int32_t)id;
+    q->free = room;
+    q->free_head = (uint16_t)free_id;
+    q->turn_added = turn;
+    return n ? (int32_t)n : error;
 }
 
 /* 2.8.21.1.1 and 2.8.21.2. Returns whether the device asks for a notification. */
 int32_t gpv_packed_publish(struct gpv_queue *q)
 {
     const struct gpv_place now = P(q)->next_avail;
+    const uint32_t added = P(q)->added;
     uint16_t flags, event;
     int32_t back;
 
@@ -105,6 +114,7 @@ int32_t gpv_packed_publish(struct gpv_queue *q)
      * flags at the position it polls. */
     GPV_STORE_RELEASE(q, &P(q)->desc[P(q)->held_offset].flags, P(q)->held_flags);
     q->turn_published = q->turn_added;
+    P(q)->added = 0;
     /* Flags before the event suppression structure (2.8.21.3.1). Pairs with the device's full fence between its store to
      * that structure and its second look at the next descriptor's flags. */
     GPV_FENCE_FULL(q);
@@ -120,7 +130,7 @@ int32_t gpv_packed_publish(struct gpv_queue *q)
         return gpv_violate(q, GPV_BAD_EVENT_OFFSET, 0, 0, event & 0x7fffu, q->size);
     /* How many descriptors ago the named one was made available; with another wrap value it lies a lap back. */
     back = (int32_t)now.offset - (int32_t)(event & 0x7fffu) + (event >> 15 != now.wrap ? (int32_t)q->size : 0);
-    return back > 0 && back <= P(q)->added;
+    return back > 0 && (uint32_t)back <= added;
 }
 
 int32_t gpv_packed_pending(struct gpv_queue *q)
@@ -161,55 +171,68 @@ void gpv_packed_arm(struct gpv_queue *q)
     GPV_FENCE_FULL(q);
 }
 
+/* Looks at the descriptor that the device uses next. 1: used, and what it says was checked; 0: not used; or GPV_EBROKEN. */
+static inline int32_t next_entry(struct gpv_queue *q, struct gpv_place place, uint32_t waiting, uint32_t *id, uint32_t *len)
+{
+    struct gpv_packed_desc *d = &P(q)->desc[place.offset];
+    /* id and len, and the buffer's data, behind flags. Pairs with the device's release store of them (2.8.22). */
+    const uint32_t flags = GPV_LOAD_ACQUIRE(q, &d->flags);
+
+    if ((flags & USED_AND_AVAIL) != used(place.wrap)) {
+        if (waiting && (flags & USED_AND_AVAIL) != available(place.wrap))
+            return gpv_violate(q, GPV_BAD_WRAP, place.offset, 0, flags, used(place.wrap));
+        return 0;
+    }
+    *id = GPV_LOAD(q, &d->id);
+    *len = flags & GPV_DESC_F_WRITE ? GPV_LOAD(q, &d->len) : 0; /* 2.8.5: reserved otherwise */
+    if (!waiting)
+        return gpv_violate(q, GPV_USED_UNASKED, place.offset, *id, flags, 0);
+    return gpv_check_used(q, place.offset, *id, *len) ? GPV_EBROKEN : 1;
+}
+
+/* IN_ORDER: reads the next used descriptor, which may stand for a batch. Returns whether there was one. */
+static int next_batch(struct gpv_queue *q)
+{
+    uint32_t id;
+
+    if (next_entry(q, P(q)->next_used, gpv_waiting(q), &id, &q->batch_len) <= 0)
+        return 0;
+    q->batch_left = (uint32_t)(q->slots[id].turn - q->turn_reaped + 1);
+    return 1;
+}
+
 int32_t gpv_packed_reap(struct gpv_queue *q, uint32_t *ids, uint32_t *lengths, uint64_t *cookies, uint32_t max)
 {
-    uint32_t n = 0;
+    struct gpv_slot *const slots = q->slots;
+    uint16_t *const next = q->next;
+    const uint32_t size = q->size;
+    struct gpv_place place = P(q)->next_used;
+    uint32_t n = 0, waiting = gpv_waiting(q), freed = 0, head, id, len;
 
-    while (n < max) {
-        const struct gpv_place place = P(q)->next_used;
-        struct gpv_packed_desc *d = &P(q)->desc[place.offset];
-        uint32_t flags, id, len, count;
-
-        if (q->batch_left) {
-            count = q->free;
+    if (q->in_order) {
+        while (n < max && (q->batch_left || next_batch(q))) {
+            freed = q->free;
             n += gpv_reap_batch(q, ids ? ids + n : 0, lengths ? lengths + n : 0, cookies ? cookies + n : 0, max - n);
-            P(q)->next_used = gpv_place_after(place, q->free - count, q->size);
-            continue;
+            P(q)->next_used = gpv_place_after(P(q)->next_used, q->free - freed, size);
         }
-        /* id and len, and the buffer's data, behind flags. Pairs with the device's release store of them (2.8.22). */
-        flags = GPV_LOAD_ACQUIRE(q, &d->flags);
-        if ((flags & USED_AND_AVAIL) != used(place.wrap)) {
-            if (gpv_waiting(q) && (flags & USED_AND_AVAIL) != available(place.wrap))
-                gpv_violate(q, GPV_BAD_WRAP, place.offset, 0, flags, used(place.wrap));
-            break;
+    } else {
+        for (head = q->free_head; n < max && next_entry(q, place, waiting, &id, &len) > 0; n++, waiting--) {
+            if (ids)
+                ids[n] = id;
+            if (lengths)
+                lengths[n] = len;
+            if (cookies)
+                cookies[n] = slots[id].cookie;
+            place = gpv_place_after(place, slots[id].count, size);
+            freed += slots[id].count;
+            slots[id].count = 0;
+            next[id] = (uint16_t)head;
+            head = id;
         }
-        id = GPV_LOAD(q, &d->id);
-        len = GPV_LOAD(q, &d->len);
-        /* Without WRITE len is reserved (2.8.5, DEV-PACKED-21). QEMU never sets WRITE there and means what it writes
-         * to len all the same; a value that cannot be meant counts as nothing written. */
-        if (!(flags & GPV_DESC_F_WRITE) && (id >= q->size || len > q->slots[id].writable))
-            len = 0;
-        if (!gpv_waiting(q)) {
-            gpv_violate(q, GPV_USED_UNASKED, place.offset, id, flags, 0);
-            break;
-        }
-        if (gpv_check_used(q, place.offset, id, len))
-            break;
-        if (q->in_order) {
-            q->batch_left = (uint32_t)(q->slots[id].turn - q->turn_reaped + 1);
-            q->batch_len = len;
-            continue;
-        }
-        count = q->slots[id].count;
-        if (ids)
-            ids[n] = id;
-        if (lengths)
-            lengths[n] = len;
-        if (cookies)
-            cookies[n] = q->slots[id].cookie;
-        gpv_release(q, id);
-        P(q)->next_used = gpv_place_after(place, count, q->size);
-        n++;
+        P(q)->next_used = place;
+        q->free_head = (uint16_t)head;
+        q->free += freed;
+        q->turn_reaped += n;
     }
     if (n > 0 && q->armed && q->event_idx)
         gpv_packed_arm(q); /* the position has moved on; whoever reaps until nothing is left then misses nothing */

@@ -41,7 +41,7 @@ static void start(struct gpv_queue *q)
     if (q->packed) {
         q->u.ring.next_avail.offset = q->u.ring.next_used.offset = 0;
         q->u.ring.next_avail.wrap = q->u.ring.next_used.wrap = 1;
-        q->u.ring.event = q->u.ring.event_flags = 0;
+        q->u.ring.event = q->u.ring.event_flags = q->u.ring.added = 0;
     } else {
         q->u.split.event = 0;
     }
@@ -132,42 +132,34 @@ void gpv_queue_own(struct gpv_queue *q)
     q->owner = (uintptr_t)pthread_self();
 }
 
-static inline int32_t add(struct gpv_queue *q, const uint64_t *addresses, uint32_t address_step, const uint32_t *lengths,
-                          uint32_t length_step, uint32_t elements, uint32_t writable_from, uint64_t cookie)
-{
-    return (q->packed ? gpv_packed_add : gpv_split_add)(q, addresses, address_step, lengths, length_step, elements,
-                                                        writable_from, cookie);
-}
-
 int32_t gpv_add(struct gpv_queue *q, const struct gpv_segment *segments, uint32_t readable, uint32_t writable,
                 uint64_t cookie)
 {
-    uint64_t elements = (uint64_t)readable + writable;
+    const uint64_t elements = (uint64_t)readable + writable;
+    struct gpv_rows rows;
+    uint32_t id;
+    int32_t added;
 
     ENTER_UNBROKEN(q);
-    if (elements > q->size)
+    if (elements == 0 || elements > q->size)
         return GPV_ECHAIN;
-    return add(q, &segments->address, sizeof *segments / 8, &segments->length, sizeof *segments / 4, (uint32_t)elements,
-               readable, cookie);
+    rows = (struct gpv_rows){&segments->address, &segments->length, sizeof *segments / 8, sizeof *segments / 4,
+                             (uint32_t)elements, readable};
+    added = (q->packed ? gpv_packed_add : gpv_split_add)(q, rows, 1, &cookie, &id);
+    return added < 0 ? added : (int32_t)id;
 }
 
 int32_t gpv_add_burst(struct gpv_queue *q, const uint64_t *addresses, const uint32_t *lengths, uint32_t count,
                       uint32_t elements, uint32_t writable_from, const uint64_t *cookies, uint32_t *ids)
 {
-    uint32_t n;
-    int32_t id;
+    const struct gpv_rows rows = {addresses, lengths, 1, 1, elements, writable_from};
+    int32_t added;
 
     ENTER_UNBROKEN(q);
-    for (n = 0; n < count; n++) {
-        size_t first = (size_t)n * elements;
-
-        id = add(q, addresses + first, 1, lengths + first, 1, elements, writable_from, cookies ? cookies[n] : 0);
-        if (id < 0)
-            return n == 0 && id != GPV_EFULL ? id : (int32_t)n;
-        if (ids)
-            ids[n] = (uint32_t)id;
-    }
-    return (int32_t)n;
+    if (elements == 0 || elements > q->size || writable_from > elements)
+        return GPV_ECHAIN;
+    added = (q->packed ? gpv_packed_add : gpv_split_add)(q, rows, count, cookies, ids);
+    return added == GPV_EFULL ? 0 : added;
 }
 
 static int32_t notify(struct gpv_queue *q)
@@ -285,4 +277,20 @@ uint32_t gpv_drain(struct gpv_queue *q, uint32_t *ids, uint64_t *cookies)
         cookies[i] = q->slots[ids[i]].cookie;
     start(q);
     return n;
+}
+
+int32_t gpv_burst_submit(struct gpv_burst *b, uint32_t count)
+{
+    int32_t added = gpv_add_burst(b->queue, b->addresses, b->lengths, count < b->capacity ? count : b->capacity,
+                                  b->elements, b->writable_from, NULL, b->ids);
+
+    if (added < 0)
+        return added;
+    b->kicked = gpv_publish(b->queue);
+    return b->kicked < 0 ? b->kicked : added;
+}
+
+int32_t gpv_burst_reap(struct gpv_burst *b)
+{
+    return gpv_reap(b->queue, b->used_ids, b->used_lengths, NULL, b->used_max);
 }

@@ -114,3 +114,22 @@ void gpv_violation_get(const struct gpv_queue *q, struct gpv_violation *violatio
 /* After a device or queue reset only: writes ids and cookies of every buffer that never came back, oldest first, and
  * returns how many; the queue starts over from index 0 with zeroed areas. Arrays of queue size; cookies may be NULL. */
 uint32_t gpv_drain(struct gpv_queue *q, uint32_t *ids, uint64_t *cookies);
+
+/* Arrays prepared once for many bursts of buffers of one shape, so that a call from Python passes almost nothing. */
+struct gpv_burst {
+    struct gpv_queue *queue;
+    const uint64_t *addresses; /* capacity x elements */
+    const uint32_t *lengths;   /* capacity x elements */
+    uint32_t elements;
+    uint32_t writable_from;
+    uint32_t *ids;             /* capacity */
+    uint32_t *used_ids;        /* used_max */
+    uint32_t *used_lengths;    /* used_max */
+    uint32_t capacity;
+    uint32_t used_max;
+    int32_t kicked;            /* what the publish of the last submit returned */
+};
+/* gpv_add_burst of the first `count` rows (at most capacity) and gpv_publish. Returns how many found room, or a gpv_error. */
+int32_t gpv_burst_submit(struct gpv_burst *burst, uint32_t count);
+/* gpv_reap into used_ids and used_lengths. */
+int32_t gpv_burst_reap(struct gpv_burst *burst);

@@ -94,7 +94,9 @@ struct gpv_queue {
     uint64_t turn_published;
     uint64_t turn_reaped;
     struct gpv_slot *slots;
-    uint16_t *next;         /* free list; IN_ORDER: simply the following position */
+    /* Free list, the slot freed last first: so a queue with few buffers in flight stays within few cache lines, however
+     * large it is. IN_ORDER: simply the following position. */
+    uint16_t *next;
     union {
         struct gpv_split split;
         struct gpv_packed ring;
@@ -173,50 +175,55 @@ static inline int32_t gpv_check_used(struct gpv_queue *q, uint32_t position, uin
     return 0;
 }
 
-/* Adds up the lengths of a buffer before anything is written. Returns 0 or a gpv_error. */
-static inline int32_t gpv_check_buffer(const struct gpv_queue *q, const uint32_t *lengths, uint32_t step,
-                                       uint32_t elements, uint32_t writable_from, uint32_t *writable)
+/* Buffers to add: rows of elements, wherever their addresses and lengths lie. */
+struct gpv_rows {
+    const uint64_t *addresses;
+    const uint32_t *lengths;
+    uint32_t address_step; /* from one element to the next, in units of uint64_t */
+    uint32_t length_step;  /* in units of uint32_t */
+    uint32_t elements;
+    uint32_t writable_from;
+};
+
+static inline uint64_t gpv_address(const struct gpv_rows *rows, uint32_t element)
 {
-    uint64_t total = 0, readable = 0;
+    return rows->addresses[(size_t)element * rows->address_step];
+}
+
+static inline uint32_t gpv_length(const struct gpv_rows *rows, uint32_t element)
+{
+    return rows->lengths[(size_t)element * rows->length_step];
+}
+
+static inline void gpv_next_row(struct gpv_rows *rows)
+{
+    rows->addresses += (size_t)rows->elements * rows->address_step;
+    rows->lengths += (size_t)rows->elements * rows->length_step;
+}
+
+/* Adds up the lengths of a buffer before anything is written. Returns 0 or a gpv_error. */
+static inline int32_t gpv_check_row(const struct gpv_rows *rows, uint32_t *writable)
+{
+    uint64_t total[2] = {0, 0};
     uint32_t i;
 
-    if (elements == 0 || elements > q->size || writable_from > elements)
-        return GPV_ECHAIN;
-    for (i = 0; i < elements; i++) {
-        if (i == writable_from)
-            readable = total;
-        if (lengths[(size_t)i * step] == 0)
+    for (i = 0; i < rows->elements; i++) {
+        uint32_t length = gpv_length(rows, i);
+
+        if (length == 0)
             return GPV_ELENGTH;
-        total += lengths[(size_t)i * step];
+        total[i >= rows->writable_from] += length;
     }
-    if (total > (uint64_t)1 << 32) /* 2.7.5, DRV-SPLIT: no chain longer than 2^32 bytes */
+    if (total[0] + total[1] > (uint64_t)1 << 32) /* 2.7.5.2 */
         return GPV_ELENGTH;
-    if (writable_from == elements)
-        readable = total;
-    total -= readable;
-    *writable = total > UINT32_MAX ? UINT32_MAX : (uint32_t)total;
+    *writable = total[1] > UINT32_MAX ? UINT32_MAX : (uint32_t)total[1];
     return 0;
 }
 
-/* Whether a buffer goes into an indirect table, and with it how many ring descriptors it takes. */
-static inline int gpv_takes_table(const struct gpv_queue *q, uint32_t id, uint32_t elements)
+/* Buffers with an id below this go into an indirect table. */
+static inline uint32_t gpv_tables_for(const struct gpv_queue *q, uint32_t elements)
 {
-    return elements > 1 && id < q->table_count && elements <= q->table_entries;
-}
-
-/* Gives the slot of a buffer that came back to the next one: the slot freed last is taken first, so that a queue with few
- * buffers in flight stays within few cache lines, however large it is. */
-static inline void gpv_release(struct gpv_queue *q, uint32_t id)
-{
-    struct gpv_slot *slot = &q->slots[id];
-
-    if (!q->in_order) {
-        q->next[slot->last] = q->free_head;
-        q->free_head = (uint16_t)id;
-    }
-    q->free += slot->count;
-    slot->count = 0;
-    q->turn_reaped++;
+    return elements > 1 && elements <= q->table_entries ? q->table_count : 0;
 }
 
 /* IN_ORDER (2.7.9, 2.8.8): hands out the buffers of one used entry, up to max. Those that the device skipped count as used
@@ -236,14 +243,16 @@ static inline uint32_t gpv_reap_batch(struct gpv_queue *q, uint32_t *ids, uint32
         if (cookies)
             cookies[n] = q->slots[id].cookie;
         q->oldest = (uint16_t)(next >= q->size ? next - q->size : next);
-        gpv_release(q, id);
+        q->free += q->slots[id].count;
+        q->slots[id].count = 0;
+        q->turn_reaped++;
         q->batch_left--;
     }
     return n;
 }
 
-int32_t gpv_split_add(struct gpv_queue *q, const uint64_t *addresses, uint32_t address_step, const uint32_t *lengths,
-                      uint32_t length_step, uint32_t elements, uint32_t writable_from, uint64_t cookie);
+/* Adds up to `count` rows. Returns how many found room, or the gpv_error that the first one met. */
+int32_t gpv_split_add(struct gpv_queue *q, struct gpv_rows rows, uint32_t count, const uint64_t *cookies, uint32_t *ids);
 int32_t gpv_split_publish(struct gpv_queue *q);
 int32_t gpv_split_reap(struct gpv_queue *q, uint32_t *ids, uint32_t *lengths, uint64_t *cookies, uint32_t max);
 int32_t gpv_split_pending(struct gpv_queue *q);
@@ -251,8 +260,7 @@ void gpv_split_disarm(struct gpv_queue *q);
 void gpv_split_arm(struct gpv_queue *q);
 uint16_t gpv_split_place(const struct gpv_queue *q);
 
-int32_t gpv_packed_add(struct gpv_queue *q, const uint64_t *addresses, uint32_t address_step, const uint32_t *lengths,
-                       uint32_t length_step, uint32_t elements, uint32_t writable_from, uint64_t cookie);
+int32_t gpv_packed_add(struct gpv_queue *q, struct gpv_rows rows, uint32_t count, const uint64_t *cookies, uint32_t *ids);
 int32_t gpv_packed_publish(struct gpv_queue *q);
 int32_t gpv_packed_reap(struct gpv_queue *q, uint32_t *ids, uint32_t *lengths, uint64_t *cookies, uint32_t max);
 int32_t gpv_packed_pending(struct gpv_queue *q);

@@ -13,60 +13,73 @@ static inline void fill(struct gpv_queue *q, struct gpv_split_desc *d, uint64_t 
     GPV_STORE(q, &d->next, (uint16_t)next);
 }
 
-/* 2.7.5.3: one table per descriptor, its entries in order from 0. */
-static void fill_table(struct gpv_queue *q, uint32_t id, const uint64_t *addresses, uint32_t address_step,
-                       const uint32_t *lengths, uint32_t length_step, uint32_t elements, uint32_t writable_from)
+static inline uint32_t element_flags(const struct gpv_rows *rows, uint32_t element)
 {
-    struct gpv_split_desc *table = S(q)->tables + (size_t)id * q->table_entries;
+    return (element + 1 < rows->elements ? GPV_DESC_F_NEXT : 0) |
+           (element >= rows->writable_from ? GPV_DESC_F_WRITE : 0);
+}
+
+/* 2.7.5.3: one table per descriptor, its entries in order from 0. */
+static void fill_table(struct gpv_queue *q, uint32_t id, const struct gpv_rows *rows)
+{
+    const size_t first = (size_t)id * q->table_entries;
+    struct gpv_split_desc *table = S(q)->tables + first;
     uint32_t i;
 
-    for (i = 0; i < elements; i++) {
-        uint32_t flags = (i + 1 < elements ? GPV_DESC_F_NEXT : 0) | (i >= writable_from ? GPV_DESC_F_WRITE : 0);
-
-        fill(q, &table[i], addresses[(size_t)i * address_step], lengths[(size_t)i * length_step], flags,
-             i + 1 < elements ? i + 1 : 0);
-    }
-    fill(q, &S(q)->desc[id], q->tables_bus + (uint64_t)id * q->table_entries * 16, elements * 16, GPV_DESC_F_INDIRECT,
-         0);
+    for (i = 0; i < rows->elements; i++)
+        fill(q, &table[i], gpv_address(rows, i), gpv_length(rows, i), element_flags(rows, i),
+             i + 1 < rows->elements ? i + 1 : 0);
+    fill(q, &S(q)->desc[id], q->tables_bus + first * 16, rows->elements * 16, GPV_DESC_F_INDIRECT, 0);
 }
 
 /* 2.7.13.1 and 2.7.13.2. With IN_ORDER the free list is the ring order itself, as 2.7.5 asks. */
-int32_t gpv_split_add(struct gpv_queue *q, const uint64_t *addresses, uint32_t address_step, const uint32_t *lengths,
-                      uint32_t length_step, uint32_t elements, uint32_t writable_from, uint64_t cookie)
+int32_t gpv_split_add(struct gpv_queue *q, struct gpv_rows rows, uint32_t count, const uint64_t *cookies, uint32_t *ids)
 {
-    uint32_t id = q->free_head, last = id, i, writable;
-    struct gpv_slot *slot = &q->slots[id];
-    int32_t error = gpv_check_buffer(q, lengths, length_step, elements, writable_from, &writable);
-    int table = gpv_takes_table(q, id, elements);
+    struct gpv_split_desc *const desc = S(q)->desc;
+    GPV_SHARED(uint16_t) *const avail_ring = S(q)->avail_ring;
+    struct gpv_slot *const slots = q->slots;
+    const uint16_t *const next = q->next;
+    const uint32_t mask = q->size - 1, tables = gpv_tables_for(q, rows.elements);
+    uint32_t room = q->free, id = q->free_head, n, i;
+    uint64_t turn = q->turn_added;
+    int32_t error = 0;
 
-    if (error)
-        return error;
-    if (q->free < (table ? 1 : elements))
-        return GPV_EFULL;
-    if (table) {
-        fill_table(q, id, addresses, address_step, lengths, length_step, elements, writable_from);
-    } else {
-        uint32_t here = id;
+    for (n = 0; n < count; n++, turn++, gpv_next_row(&rows)) {
+        struct gpv_slot *slot = &slots[id];
+        const uint32_t taken = id < tables ? 1 : rows.elements;
+        uint32_t last = id, following, writable;
 
-        for (i = 0; i < elements; i++) {
-            uint32_t flags = (i + 1 < elements ? GPV_DESC_F_NEXT : 0) | (i >= writable_from ? GPV_DESC_F_WRITE : 0);
-
-            last = here;
-            here = q->next[last];
-            fill(q, &S(q)->desc[last], addresses[(size_t)i * address_step], lengths[(size_t)i * length_step], flags,
-                 i + 1 < elements ? here : 0);
+        error = room < taken ? GPV_EFULL : gpv_check_row(&rows, &writable);
+        if (error)
+            break;
+        following = next[id];
+        if (id < tables) {
+            fill_table(q, id, &rows);
+        } else {
+            for (i = 0;; i++) {
+                fill(q, &desc[last], gpv_address(&rows, i), gpv_length(&rows, i), element_flags(&rows, i),
+                     i + 1 < rows.elements ? following : 0);
+                if (i + 1 == rows.elements)
+                    break;
+                last = following;
+                following = next[last];
+            }
         }
+        slot->cookie = cookies ? cookies[n] : 0;
+        slot->turn = turn;
+        slot->writable = writable;
+        slot->count = (uint16_t)taken;
+        slot->last = (uint16_t)last;
+        GPV_STORE(q, &avail_ring[turn & mask], (uint16_t)id);
+        if (ids)
+            ids[n] = id;
+        room -= taken;
+        id = following;
     }
-    q->free_head = q->next[last];
-    slot->cookie = cookie;
-    slot->turn = q->turn_added;
-    slot->writable = writable;
-    slot->count = (uint16_t)(table ? 1 : elements);
-    slot->last = (uint16_t)last;
-    q->free -= slot->count;
-    GPV_STORE(q, &S(q)->avail_ring[q->turn_added & (q->size - 1)], (uint16_t)id);
-    q->turn_added++;
-    return (int32_t)id;
+    q->free = room;
+    q->free_head = (uint16_t)id;
+    q->turn_added = turn;
+    return n ? (int32_t)n : error;
 }
 
 /* 2.7.13.3 and 2.7.13.4. Returns whether the device asks for a notification. */
@@ -125,48 +138,60 @@ void gpv_split_arm(struct gpv_queue *q)
     GPV_FENCE_FULL(q);
 }
 
+/* IN_ORDER: reads the next used entry, which may stand for a batch. */
+static int32_t next_batch(struct gpv_queue *q, uint32_t ready)
+{
+    const uint32_t position = (uint32_t)q->turn_reaped & (q->size - 1);
+    const uint32_t id = GPV_LOAD(q, &S(q)->used_ring[position].id);
+    uint64_t batch;
+
+    q->batch_len = GPV_LOAD(q, &S(q)->used_ring[position].len);
+    if (gpv_check_used(q, position, id, q->batch_len))
+        return GPV_EBROKEN;
+    batch = q->slots[id].turn - q->turn_reaped + 1;
+    if (batch > ready)
+        return gpv_violate(q, GPV_BAD_ORDER, position, id, id, q->oldest);
+    q->batch_left = (uint32_t)batch;
+    return 0;
+}
+
 int32_t gpv_split_reap(struct gpv_queue *q, uint32_t *ids, uint32_t *lengths, uint64_t *cookies, uint32_t max)
 {
+    struct gpv_used_elem *const used_ring = S(q)->used_ring;
+    struct gpv_slot *const slots = q->slots;
+    uint16_t *const next = q->next;
     const uint32_t mask = q->size - 1;
-    uint32_t n = 0, ready, id, len;
+    uint32_t n = 0, ready, head, freed = 0, first = (uint32_t)q->turn_reaped;
     /* Used ring entries and the buffers' data behind idx. Pairs with the device's release store of used idx (2.7.8.2). */
-    uint16_t idx = GPV_LOAD_ACQUIRE(q, S(q)->used_idx);
+    const uint16_t idx = GPV_LOAD_ACQUIRE(q, S(q)->used_idx);
 
-    ready = (uint16_t)(idx - (uint16_t)q->turn_reaped);
+    ready = (uint16_t)(idx - (uint16_t)first);
     if (ready > gpv_waiting(q))
         return gpv_violate(q, GPV_BAD_USED_INDEX, 0, 0, idx, (uint16_t)q->turn_published);
-    if (max > ready)
-        max = ready;
-    while (n < max) {
-        uint32_t position = (uint32_t)q->turn_reaped & mask;
-
-        if (q->batch_left) {
+    if (q->in_order) {
+        while (n < max && n < ready && (q->batch_left || !next_batch(q, ready - n)))
             n += gpv_reap_batch(q, ids ? ids + n : 0, lengths ? lengths + n : 0, cookies ? cookies + n : 0, max - n);
-            continue;
-        }
-        id = GPV_LOAD(q, &S(q)->used_ring[position].id);
-        len = GPV_LOAD(q, &S(q)->used_ring[position].len);
-        if (gpv_check_used(q, position, id, len))
-            break;
-        if (q->in_order) {
-            uint64_t batch = q->slots[id].turn - q->turn_reaped + 1;
+    } else {
+        for (head = q->free_head; n < max && n < ready; n++) {
+            const uint32_t position = (first + n) & mask;
+            const uint32_t id = GPV_LOAD(q, &used_ring[position].id), len = GPV_LOAD(q, &used_ring[position].len);
 
-            if (batch > ready - n) {
-                gpv_violate(q, GPV_BAD_ORDER, position, id, id, q->oldest);
+            if (gpv_check_used(q, position, id, len))
                 break;
-            }
-            q->batch_left = (uint32_t)batch;
-            q->batch_len = len;
-            continue;
+            if (ids)
+                ids[n] = id;
+            if (lengths)
+                lengths[n] = len;
+            if (cookies)
+                cookies[n] = slots[id].cookie;
+            freed += slots[id].count;
+            slots[id].count = 0;
+            next[slots[id].last] = (uint16_t)head;
+            head = id;
         }
-        if (ids)
-            ids[n] = id;
-        if (lengths)
-            lengths[n] = len;
-        if (cookies)
-            cookies[n] = q->slots[id].cookie;
-        gpv_release(q, id);
-        n++;
+        q->free_head = (uint16_t)head;
+        q->free += freed;
+        q->turn_reaped += n;
     }
     if (n > 0 && q->armed && q->event_idx)
         gpv_split_arm(q); /* the index has moved on; whoever reaps until nothing is left then misses nothing */

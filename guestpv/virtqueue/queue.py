@@ -99,6 +99,7 @@ class Virtqueue:
         self._buffers: list[DmaBuffer] = []
         self._serial = 0
         self._cookies: dict[int, object] = {}
+        self._bursts: list[Any] = []
         self._build(size)
 
     def _build(self, size: int) -> None:
@@ -459,6 +460,9 @@ class Virtqueue:
     def close(self) -> None:
         """Give the ring memory back. Only after the device or the queue was reset."""
         if self.handle:
+            for burst in self._bursts:
+                burst.queue = ffi.NULL
+            self._bursts.clear()
             lib.gpv_queue_free(self.handle)
             self.handle = ffi.NULL
         while self._buffers:
