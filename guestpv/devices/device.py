@@ -157,8 +157,9 @@ class Device:
         if broken := accepted & ~ft.close_dependencies(kind, accepted):
             self.find("DRV-FEAT-02", f"accepted without what they require: {names(broken)}", where)
             objections.append("dependency")
-        if unknown := accepted & ~known_features(kind):
-            self.find("DRV-FEAT-08", f"accepted although not defined: {names(unknown)}", where)
+        for bit in ft.bits(accepted & ~known_features(kind)):
+            rule = "DRV-FEAT-11" if bit < 24 or bit in (41, 42) or 50 <= bit < 128 else "DRV-FEAT-08"
+            self.find(rule, f"{ft.feature_name(kind, bit)} accepted although it is not defined", where)
             objections.append("undefined")
         if self.offered >> ft.F_VERSION_1 & ~accepted >> ft.F_VERSION_1 & 1:
             self.find("DRV-FEAT-15", "VIRTIO_F_VERSION_1 offered and not accepted", where)
@@ -206,6 +207,8 @@ class Device:
         queue = self.queues[index]
         if not self.status & Status.DRIVER_OK:
             self.find("DRV-INIT-13", "notification before DRIVER_OK", queue.where)
+        elif not self.memory.enabled:
+            self.find("", "notification while the device may not reach memory (bus master)", queue.where)
         queue.notification(data)
         if queue.enabled and self.running:
             self.executor.post(partial(self._serve, queue))

@@ -35,9 +35,14 @@ class Window:
 
 
 class BusMemory:
-    """The windows through which a device reaches memory; they never overlap."""
+    """The windows through which a device reaches memory; they never overlap.
+
+    Attributes:
+        enabled: whether the device may reach memory at all (PCI: bus master).
+    """
 
     def __init__(self) -> None:
+        self.enabled = True
         self._starts: list[int] = []
         self._windows: list[Window] = []
 

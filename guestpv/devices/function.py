@@ -110,6 +110,7 @@ class SoftwareFunction:
         self.registers = VirtioRegisters(self.device, count, multiplier, self._move_line)
         self.flr = flr
         self._bars = self._lay_out()
+        self._obey_command()
         self._own_fds: list[int] = []
         self._ask_fds: dict[str, int] = {}
         self._closed = False
@@ -269,8 +270,7 @@ class SoftwareFunction:
             self._move_line()
         if self.flr and config.get(config.positions["express"] + 8, 2) & INITIATE_FLR:
             self._function_level_reset()
-        if offset <= pci.PCI_CONFIG_COMMAND + 1 < offset + width or offset == pci.PCI_CONFIG_COMMAND:
-            self._move_line()
+        self._obey_command()
 
     # Interrupts.
 
@@ -286,8 +286,13 @@ class SoftwareFunction:
         index = -1 if queue is None else queue.index
         name = "configuration change" if queue is None else "used buffer"
         self.journal.record(Event("interrupt", name, value=vector, queue=index))
-        if vector != pci.NO_VECTOR:
+        if vector != pci.NO_VECTOR and self.dma.enabled:
             self.interrupts.message(vector)
+
+    def _obey_command(self) -> None:
+        """Bus master and interrupt disable of the command register."""
+        self.dma.enabled = bool(self.config.command() & pci.COMMAND_BUS_MASTER)
+        self._move_line()
 
     def _move_line(self) -> None:
         """INTx follows the ISR unless MSI-X is enabled or the command register forbids it."""
@@ -385,7 +390,7 @@ class SoftwareFunction:
         self.registers.power_on()
         self.config.reset()
         self.interrupts.reset()
-        self._move_line()
+        self._obey_command()
 
     def reset(self) -> bool:
         """Function level reset, after which command, BARs and MSI-X are as they were, as with VFIO.
@@ -401,6 +406,7 @@ class SoftwareFunction:
             self.config.data[:] = kept
             self.interrupts.table[:] = table
             self._enable_msix(enabled)
+            self._obey_command()
         return True
 
     def request_fd(self) -> int | None:

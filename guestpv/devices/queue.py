@@ -96,10 +96,15 @@ class DeviceQueue:
         self.ring = kind(self.size, features, self.owner.memory, areas)
         self.enabled = True
 
+    @property
+    def _live(self) -> bool:
+        """Whether the device may touch the ring now."""
+        return self.owner.running and self.owner.memory.enabled
+
     def pop(self) -> Chain | None:
         """The next chain the driver made available; None when there is none or the device is not running."""
         ring = self.ring
-        if ring is None or not self.owner.running:
+        if ring is None or not self._live:
             return None
         try:
             chain = ring.pop()
@@ -115,7 +120,7 @@ class DeviceQueue:
 
     def chains(self) -> Iterator[Chain]:
         """All available chains, notifications off meanwhile and looked for again at the end."""
-        while self.ring is not None and self.owner.running:
+        while self.ring is not None and self._live:
             self.ring.suppress_kicks()
             while (chain := self.pop()) is not None:
                 yield chain
@@ -124,7 +129,7 @@ class DeviceQueue:
 
     def rearm(self) -> bool:
         """Ask for the next available buffer notification; True when buffers are there already."""
-        if self.ring is None or not self.owner.running or not self.ask_for_kicks:
+        if self.ring is None or not self._live or not self.ask_for_kicks:
             return False
         try:
             return self.ring.enable_kicks()
@@ -166,7 +171,7 @@ class DeviceQueue:
     def push(self, chain: Chain, length: int) -> None:
         """Stage a used element. A chain from before a reset is dropped silently."""
         ring = self.ring
-        if ring is None or ring.outstanding.get(chain.id) is not chain or not self.owner.running:
+        if ring is None or ring.outstanding.get(chain.id) is not chain or not self._live:
             return
         ring.push(chain, length)
         self.owner.journal.record(
@@ -176,7 +181,7 @@ class DeviceQueue:
     def publish(self) -> None:
         """Make staged used elements visible together and interrupt the driver if it asked for that."""
         ring = self.ring
-        if ring is None or not self.owner.running:
+        if ring is None or not self._live:
             return
         wanted = ring.publish()
         self._remarks(ring)

@@ -336,7 +336,7 @@ class VirtioRegisters:
             return b""
         block = bytearray(layout.size)
         for field in layout:
-            if not field.exists(self.device.visible_features):
+            if not field.exists(self.device.offered):
                 continue
             value = model.config.get(field.name, 0)
             size = field.end - field.offset
