@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from ..spec.features import CONSOLE, P9
 from ..system import SYSTEM, System
+from .lock import holders
 
 FS = 26
 
@@ -34,9 +35,7 @@ def find_uses(address: str, device_type: int, system: System = SYSTEM) -> list[U
     if device_type in (P9, FS):
         uses += _share_uses(address, device_type, system)
     if device_type == CONSOLE:
-        with suppress(OSError):
-            active = system.read_text("/sys/class/tty/console/active").split()
-            uses += [Use("console", f"{tty} is the console") for tty in active if tty.startswith("hvc")]
+        uses += _console_uses(address, system)
     return uses
 
 
@@ -119,6 +118,19 @@ def _route_uses(address: str, system: System) -> list[Use]:
         if len(fields) > 9 and fields[0] == "0" * 32 and fields[1] == "00":
             routes.add(fields[9])
     return [Use("route", f"{link} carries the default route") for link in links if link in routes]
+
+
+def _console_uses(address: str, system: System) -> list[Use]:
+    """A console of the kernel's, and ports that a process has open (a guest agent's, say)."""
+    uses = []
+    with suppress(OSError):
+        active = system.read_text("/sys/class/tty/console/active").split()
+        uses += [Use("console", f"{tty} is the console") for tty in active if tty.startswith("hvc")]
+    for port in _names("virtio-ports", address, system):
+        owners = holders(f"/dev/{port}", system)
+        if owners:
+            uses.append(Use("console", f"{port} is open in {', '.join(owners)}"))
+    return uses
 
 
 def _share_uses(address: str, device_type: int, system: System) -> list[Use]:

@@ -244,6 +244,17 @@ def test_the_console(kernel: FakeKernel) -> None:
     assert [use.kind for use in look_up(NET, kernel).uses] == ["console"]
 
 
+def test_a_port_that_a_process_has_open(kernel: FakeKernel) -> None:
+    kernel.add(NET, 0x1043)
+    link = f"../../devices/pci0000:00/{NET}/virtio0/virtio-ports/vport0p1"
+    kernel.links["/sys/class/virtio-ports/vport0p1"] = link
+    kernel.links["/proc/33/fd/3"] = "/dev/null"
+    assert look_up(NET, kernel).uses == ()
+    kernel.links["/proc/33/fd/4"] = "/dev/vport0p1"
+    kernel.files["/proc/33/comm"] = "qemu-ga"
+    assert [use.detail for use in look_up(NET, kernel).uses] == ["vport0p1 is open in 33 (qemu-ga)"]
+
+
 # One owner
 
 
