@@ -58,7 +58,7 @@ class Show:
         result: Result = self._machine.run(command, timeout=timeout)
         output = (result.stdout + result.stderr).rstrip()
         if output:
-            self._console.print(Text(output))
+            self._console.print(Text("\n".join(line.rstrip() for line in output.splitlines())))
         self._console.print(Text(f"({time.monotonic() - started:.1f} s)", style="dim"))
         if result.status != 0:
             raise Broken(f"`{shown or command}` ended with status {result.status}")
@@ -135,8 +135,9 @@ def main() -> int:
     """Run the demonstration; 0 only if every step held."""
     parser = argparse.ArgumentParser(prog="tools/demo", description=__doc__)
     parser.add_argument("--kernel", default="6.1", help="kernel series of the guest: 6.1 or 6.12")
+    parser.add_argument("--record", metavar="FILE", help="also save what it prints as an SVG picture")
     options = parser.parse_args()
-    console = Console(highlight=False, soft_wrap=True)
+    console = Console(highlight=False, soft_wrap=True, record=bool(options.record))
     started = time.monotonic()
     try:
         with (
@@ -157,6 +158,8 @@ def main() -> int:
             style="green",
         )
     )
+    if options.record:
+        console.save_svg(options.record, title="./tools/demo")
     return 0
 
 
