@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any, Final, Protocol
 
 from ..errors import GuestpvError, TimeLimit, UsageError
+from ..system import SYSTEM
 from .dhcp import DhcpClient, LibraryClient, Settings, Udhcpc
 from .resolver import Resolver
 
@@ -23,6 +24,10 @@ class Link(Protocol):
     """What is done to a network link."""
 
     name: str
+
+    def has_carrier(self) -> bool:
+        """Whether it is connected."""
+        ...
 
     def configure(self, settings: Settings) -> None:
         """Set address, default route and a smaller MTU. What is there already stays."""
@@ -38,6 +43,13 @@ class KernelLink:
 
     def __init__(self, name: str) -> None:
         self.name = name
+
+    def has_carrier(self) -> bool:
+        """See ``Link``."""
+        try:
+            return SYSTEM.read_text(f"/sys/class/net/{self.name}/carrier") == "1"
+        except OSError:
+            return False
 
     def configure(self, settings: Settings) -> None:
         """See ``Link``."""
@@ -175,8 +187,9 @@ class Addressing:
         for settings in news:
             events += self._lost() if settings is None else self._granted(settings)
         if not self.ready and not events and self._deadline is not None and self._clock() > self._deadline:
+            why = "" if self._link.has_carrier() else ": the link has no carrier"
             raise TimeLimit(
-                f"no DHCP server answered within {DHCP_TIME_LIMIT:g} s",
+                f"no DHCP server answered within {DHCP_TIME_LIMIT:g} s{why}",
                 where=self._link.name,
                 hint="give an address with --address CIDR, or none with --no-address",
             )

@@ -180,7 +180,7 @@ def ask(path: Path, command: str, timeout: float) -> Data:
                 raise GuestpvError(f"{command}: {answer.get('error')}", where=str(path))
     except TimeoutError as error:
         raise TimeLimit(f"no answer to {command} within {timeout:g} s", where=str(path)) from error
-    except ConnectionResetError:
+    except (ConnectionResetError, BrokenPipeError):
         pass
     raise GuestpvError(f"hung up before it answered to {command}", where=str(path))
 
@@ -266,18 +266,22 @@ def detach(run: Callable[[Callable[[Data], None]], None]) -> Data:
     sys.stdout.flush()
     sys.stderr.flush()
     reader, writer = os.pipe()
+    ending = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    # No signal may get lost between the fork and the handlers that forward it.
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, ending)
     child = os.fork()
     if child == 0:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         os.close(reader)
         _background(run, writer)
-    os.close(writer)
 
     def forward(number: int, frame: FrameType | None) -> None:
-        os.kill(child, signal.SIGTERM)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(child, signal.SIGTERM)
 
-    before = {
-        number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    }
+    before = {number: signal.signal(number, forward) for number in ending}
+    signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+    os.close(writer)
     try:
         with os.fdopen(reader, "rb") as stream:
             line = stream.readline()
@@ -303,7 +307,7 @@ def _background(run: Callable[[Callable[[Data], None]], None], writer: int) -> N
     def tell(message: Data) -> None:
         nonlocal told
         if told:
-            print(json.dumps(message), file=sys.stderr, flush=True)
+            os.write(2, json.dumps(message).encode() + b"\n")
             return
         told = True
         with contextlib.suppress(BrokenPipeError):

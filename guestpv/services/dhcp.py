@@ -251,6 +251,11 @@ class Udhcpc:
             start_new_session=True,
         )
 
+    @property
+    def ended(self) -> bool:
+        """Whether the program does not run any more."""
+        return self._process.poll() is not None
+
     def poll(self) -> list[Settings | None]:
         """See ``DhcpClient``."""
         with contextlib.suppress(BlockingIOError):
@@ -264,8 +269,8 @@ class Udhcpc:
                 news.append(self._settings(values))
             elif values["event"] == "deconfig":
                 news.append(None)
-        if not news and (status := self._process.poll()) is not None:
-            raise GuestpvError(f"udhcpc ended with status {status}", where=self._ifname)
+        if not news and self.ended:
+            raise GuestpvError(f"udhcpc ended with status {self._process.returncode}", where=self._ifname)
         return news
 
     @staticmethod
@@ -282,7 +287,7 @@ class Udhcpc:
 
     def close(self) -> None:
         """See ``DhcpClient``."""
-        if self._process.poll() is None:
+        if not self.ended:
             self._process.send_signal(signal.SIGTERM)
             try:
                 self._process.wait(STOP_TIME_LIMIT)
