@@ -75,7 +75,8 @@ class Machine:
     spare_ports: empty root ports spare0, spare1, ... for hot-plug.
     iommu: intel, virtio or none. accel: auto (KVM where it works, else TCG), kvm or tcg.
     trace: file and names of QEMU trace events (patterns) to write there from the start.
-    limit: seconds that the machine may live; then it is killed. boot_limit: seconds until the agent answers.
+    limit: seconds that the machine may live (0: any); then it is killed.
+    boot_limit: seconds until the agent must answer.
     qemu: the QEMU program. prefix: a command that QEMU is started through (`ip netns exec NAME`).
     extra: further QEMU arguments. pass_fds: file descriptors that QEMU inherits.
     keep_log: when the serial log is kept and its path printed: failure, always or never.
@@ -256,10 +257,7 @@ class Machine:
                 stderr=log,
                 pass_fds=self._pass_fds,
             ).result()
-        if self.limit:
-            self._timer = threading.Timer(self.limit, self.kill, [f"time limit of {self.limit:g} s passed"])
-            self._timer.daemon = True
-            self._timer.start()
+        self.set_limit(self.limit)
         agent, monitor = self._connect("agent.sock"), self._connect("qmp.sock")
         self._link = Link(agent, self.kill)
         threading.Thread(target=self._watch, name="guest-watch", daemon=True).start()
@@ -274,6 +272,15 @@ class Machine:
         ):
             raise GuestTimeout(self.kill(f"the guest's agent did not answer within {self._boot_limit:g} s"))
         self.boot_seconds = time.monotonic() - started
+
+    def set_limit(self, seconds: float) -> None:
+        """Kill the machine when it still lives `seconds` from now, whatever was set before; 0 is never."""
+        if self._timer is not None:
+            self._timer.cancel()
+        if seconds:
+            self._timer = threading.Timer(seconds, self.kill, [f"time limit of {seconds:g} s passed"])
+            self._timer.daemon = True
+            self._timer.start()
 
     def _connect(self, name: str) -> socket.socket:
         deadline = time.monotonic() + 20
