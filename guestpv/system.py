@@ -216,19 +216,26 @@ class System:
         time.sleep(seconds)
 
     def run(self, command: Sequence[str], timeout: float = 30.0) -> tuple[int, str]:
-        """Run a program, without a shell; its exit status and what it printed."""
+        """Run a program, without a shell; its exit status and what it printed.
+
+        Raises:
+            TimeoutError: it did not end within ``timeout`` seconds, and was killed.
+        """
         import subprocess
 
-        done = subprocess.run(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            timeout=timeout,
-            check=False,
-            text=True,
-            errors="replace",
-        )
+        try:
+            done = subprocess.run(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                timeout=timeout,
+                check=False,
+                text=True,
+                errors="replace",
+            )
+        except subprocess.TimeoutExpired as error:
+            raise TimeoutError(f"{command[0]} did not end within {timeout:g} s") from error
         return done.returncode, done.stdout.strip()
 
     def pci_addresses(self) -> list[str]:

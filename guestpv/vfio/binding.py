@@ -79,7 +79,7 @@ def bind(address: str, *, force: bool = False, user: str | None = None, system: 
             _take(function, undo, system)
         _wait_for_node(node, system)
         if owner is not None:
-            with _explained(node, f"giving it to {user}", "bind"):
+            with _explained(node, f"giving it to {user}", f"bind --user {user} {function.address}"):
                 system.chown(node, owner)
         undo.pop_all()
     previous = function.driver if changed else (_recall(function.address, system) or {}).get("driver")
@@ -104,7 +104,7 @@ def unbind(address: str, *, force: bool = False, system: System = SYSTEM) -> Unb
     if bound and not force:
         _refuse_if_driven(function, system)
     record = _recall(address, system)
-    with _explained(address, "giving it back", "unbind"):
+    with _explained(address, "giving it back", f"unbind {address}"):
         _release(address, system)
         if bound or function.driver is None:
             _give_back(address, record, system)
@@ -119,7 +119,7 @@ def _take(function: Function, undo: ExitStack, system: System) -> None:
     record = {"address": address, "driver": function.driver}
     undo.callback(_forget, address, system)
     _remember(record, system)
-    with _explained(address, "binding it to vfio-pci", "bind"):
+    with _explained(address, "binding it to vfio-pci", f"bind {address}"):
         undo.callback(_restore, address, record, system)
         system.write_text(f"{DEVICES}/{address}/driver_override", VFIO_DRIVER)
         if function.driver is not None:
@@ -227,7 +227,7 @@ def _record_path(address: str, system: System) -> str:
 
 def _remember(record: dict[str, str | None], system: System) -> None:
     path = _record_path(str(record["address"]), system)
-    with _explained(path, "recording its driver", "bind"):
+    with _explained(path, "recording the function's driver", f"bind {record['address']}"):
         fd = system.open(path + ".new", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
         try:
             system.write(fd, (json.dumps(record) + "\n").encode())
@@ -255,12 +255,13 @@ def _forget(address: str, system: System) -> None:
 
 
 @contextmanager
-def _explained(where: str, doing: str, verb: str) -> Iterator[None]:
+def _explained(where: str, doing: str, command: str) -> Iterator[None]:
     try:
         yield
     except PermissionError as error:
-        hint = f"sudo guestpv {verb} {where}"
-        raise AccessDenied(f"no permission for {doing}", where=where, hint=hint) from error
+        raise AccessDenied(
+            f"no permission for {doing}", where=where, hint=f"sudo guestpv {command}"
+        ) from error
     except OSError as error:
         raise GuestpvError(
             f"{doing} failed: {error}", where=where, hint="`dmesg | tail` may say more"

@@ -109,6 +109,27 @@ VfioFunction(A).close()
     ]
 
 
+def test_huge_pages_are_used_where_there_are_some(vm: Machine, rng: str) -> None:
+    script = """
+def free():
+    return [int(line.split()[1]) for line in open("/proc/meminfo") if line.startswith("HugePages_Free")][0]
+bind(A)
+function = VfioFunction(A)
+before = free()
+region = function.dma.map(2 << 20)
+say(before - free(), region.pointer % (2 << 20), region.segments[0].address % (2 << 20))
+function.close()
+say(before - free())
+del region
+say(before - free())
+"""
+    vm.run("sysctl -qw vm.nr_hugepages=2").check()
+    try:
+        assert guest(vm, rng, script) == ["1 0 0", "1", "0"]
+    finally:
+        vm.run("sysctl -qw vm.nr_hugepages=0").check()
+
+
 def test_msix_interrupts_arrive(vm: Machine, rng: str) -> None:
     script = """
 bind(A)
@@ -307,7 +328,7 @@ say(one.info.group == two.info.group, unbind(A).driver, unbind(other).driver)
     assert (rest, apart, status, back) == ("()", "True", "1", "True virtio-pci virtio-pci")
     (refusal,) = guest(vm, "0000:00:1e.0", "refused(bind, A, force=True)")
     assert "legacy-only" in refusal
-    vm.run("modprobe -r vfio-pci && find /lib/modules/ -name 'vfio*' -delete && depmod -a").check()
+    vm.run("modprobe -r vfio-pci && rm -r /lib/modules/$(uname -r)/kernel/drivers/vfio && depmod -a").check()
     (refusal,) = guest(vm, first, "refused(bind, A)")
     assert re.search(r"kernel module vfio-pci cannot be loaded: modprobe: ", refusal)
     assert driver(vm, first) == "virtio-pci"

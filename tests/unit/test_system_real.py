@@ -112,6 +112,8 @@ def test_run_gives_status_and_output() -> None:
     assert SYSTEM.run(["sh", "-c", "echo $0; exit 3", "; rm"]) == (3, "; rm")
     with pytest.raises(FileNotFoundError):
         SYSTEM.run(["/nonexistent/program"])
+    with pytest.raises(TimeoutError, match="sleep did not end"):
+        SYSTEM.run(["sleep", "30"], timeout=0.05)
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="page frame numbers need CAP_SYS_ADMIN")
