@@ -30,6 +30,18 @@
 #define GPV_STORE(q, p, v) \
     (GPV_SEE(q, GPV_SAW_STORE, p, v), (void)(*(volatile __typeof__(*(p)) *)(p) = (v)))
 
+/* len, id and flags of a packed descriptor at once. */
+#define GPV_STORE_DESC_TAIL(q, d, v) GPV_STORE(q, (gpv_tail *)&(d)->len, v)
+typedef uint64_t __attribute__((may_alias)) gpv_tail;
+
+/* A value whose origin the compiler must not look through. */
+#define GPV_OPAQUE(v)                               \
+    __extension__({                                 \
+        uint32_t opaque_ = (v);                     \
+        __asm__ volatile("" : "+r"(opaque_));       \
+        opaque_;                                    \
+    })
+
 /* Later accesses of this side stay behind the load. */
 #define GPV_LOAD_ACQUIRE(q, p)                                                              \
     __extension__({                                                                         \

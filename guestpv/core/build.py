@@ -11,7 +11,7 @@ HERE = Path(__file__).resolve().parent
 WARNINGS = ["-Wall", "-Wextra", "-Wshadow", "-Wno-unused-parameter"]
 
 PYTHON_KICK = """
-extern "Python" void gpv_python_kick(void *user, uint32_t value);
+extern "Python" int32_t gpv_python_kick(void *user, uint32_t value);
 """
 """What a kick of kind GPV_KICK_CALL calls to tell Python."""
 

@@ -30,8 +30,7 @@ int32_t gpv_kick_send(struct gpv_kick *kick, uint32_t value)
         }
         return 0;
     case GPV_KICK_CALL:
-        kick->call(kick->user, value);
-        return 0;
+        return kick->call(kick->user, value);
     default:
         return 0;
     }

@@ -6,10 +6,10 @@ struct gpv_kick {
     int32_t fd;               /* GPV_KICK_EVENTFD */
     volatile void *doorbell;  /* GPV_KICK_MMIO16, GPV_KICK_MMIO32 */
     uint32_t value;           /* low 16 bits: virtqueue index or queue_notif_config_data */
-    void (*call)(void *user, uint32_t value); /* GPV_KICK_CALL */
+    int32_t (*call)(void *user, uint32_t value); /* GPV_KICK_CALL: 0, or negative when it failed */
     void *user;
     uint64_t kicks;           /* notifications sent */
 };
 
-/* Sends one notification. Returns 0, or a negative errno of the eventfd. */
+/* Sends one notification. Returns 0, a negative errno of the eventfd, or what `call` returned. */
 int32_t gpv_kick_send(struct gpv_kick *kick, uint32_t value);

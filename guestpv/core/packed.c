@@ -16,12 +16,12 @@ static inline uint32_t used(uint32_t wrap)
     return wrap ? USED_AND_AVAIL : 0;
 }
 
-static inline void fill(struct gpv_queue *q, struct gpv_packed_desc *d, uint64_t addr, uint32_t len, uint32_t id)
+static inline void fill(struct gpv_queue *q, struct gpv_packed_desc *d, uint64_t addr, uint32_t len, uint32_t id,
+                        uint32_t flags)
 {
     (void)q;
     GPV_STORE(q, &d->addr, addr);
-    GPV_STORE(q, &d->len, len);
-    GPV_STORE(q, &d->id, (uint16_t)id);
+    GPV_STORE_DESC_TAIL(q, d, gpv_word(len, id, flags));
 }
 
 /* 2.8.7: entries follow each other without NEXT, only WRITE counts. */
@@ -30,15 +30,14 @@ static void fill_table(struct gpv_queue *q, uint32_t id, const struct gpv_rows *
     struct gpv_packed_desc *table = P(q)->tables + (size_t)id * q->table_entries;
     uint32_t i;
 
-    for (i = 0; i < rows->elements; i++) {
-        fill(q, &table[i], gpv_address(rows, i), gpv_length(rows, i), 0);
-        GPV_STORE(q, &table[i].flags, (uint16_t)(i >= rows->writable_from ? GPV_DESC_F_WRITE : 0));
-    }
+    for (i = 0; i < rows->elements; i++)
+        fill(q, &table[i], gpv_address(rows, i), gpv_length(rows, i), 0, i >= rows->writable_from ? GPV_DESC_F_WRITE : 0);
 }
 
 /* 2.8.21.1. The head's flags are stored after the rest of its list. The head of the first unpublished buffer gets its flags
  * in gpv_packed_publish only: the device looks at one position (2.8.2), so it sees nothing of the burst before that. */
-int32_t gpv_packed_add(struct gpv_queue *q, struct gpv_rows rows, uint32_t count, const uint64_t *cookies, uint32_t *ids)
+GPV_SPECIALIZED int32_t add_rows(struct gpv_queue *q, struct gpv_rows rows, uint32_t count, const uint64_t *cookies,
+                                 uint32_t *ids)
 {
     struct gpv_packed_desc *const desc = P(q)->desc;
     struct gpv_slot *const slots = q->slots;
@@ -46,60 +45,63 @@ int32_t gpv_packed_add(struct gpv_queue *q, struct gpv_rows rows, uint32_t count
     const uint32_t size = q->size, tables = gpv_tables_for(q, rows.elements), in_order = q->in_order;
     const uint64_t published = q->turn_published;
     struct gpv_place place = P(q)->next_avail;
-    uint32_t room = q->free, free_id = q->free_head, n, i;
+    uint32_t room = q->free, id = in_order ? place.offset : q->free_head, n, i;
     uint64_t turn = q->turn_added;
     int32_t error = 0;
 
     for (n = 0; n < count; n++, turn++, gpv_next_row(&rows)) {
-        const uint32_t id = in_order ? place.offset : free_id, head = place.offset;
+        const uint32_t head = place.offset;
         const uint32_t taken = id < tables ? 1 : rows.elements;
         struct gpv_slot *slot = &slots[id];
-        uint32_t head_flags = available(place.wrap), writable;
+        uint32_t writable, len, flags;
+        uint64_t addr;
 
         error = room < taken ? GPV_EFULL : gpv_check_row(&rows, &writable);
         if (error)
             break;
         if (id < tables) {
             fill_table(q, id, &rows);
-            fill(q, &desc[head], q->tables_bus + (uint64_t)id * q->table_entries * 16, rows.elements * 16, id);
-            head_flags |= GPV_DESC_F_INDIRECT;
-            place = gpv_place_after(place, 1, size);
+            addr = q->tables_bus + (uint64_t)id * q->table_entries * 16;
+            len = rows.elements * 16;
+            flags = available(place.wrap) | GPV_DESC_F_INDIRECT;
         } else {
-            for (i = 0; i < rows.elements; i++) {
-                struct gpv_packed_desc *d = &desc[place.offset];
-                uint32_t flags = (i + 1 < rows.elements ? GPV_DESC_F_NEXT : 0) |
-                                 (i >= rows.writable_from ? GPV_DESC_F_WRITE : 0);
-
-                fill(q, d, gpv_address(&rows, i), gpv_length(&rows, i), id);
-                if (i == 0)
-                    head_flags |= flags;
-                else
-                    GPV_STORE(q, &d->flags, (uint16_t)(flags | available(place.wrap)));
-                place = gpv_place_after(place, 1, size);
-            }
+            addr = gpv_address(&rows, 0);
+            len = gpv_length(&rows, 0);
+            flags = available(place.wrap) | gpv_element_flags(&rows, 0);
+        }
+        place = gpv_place_after(place, 1, size);
+        for (i = 1; i < taken; i++) {
+            fill(q, &desc[place.offset], gpv_address(&rows, i), gpv_length(&rows, i), id,
+                 available(place.wrap) | gpv_element_flags(&rows, i));
+            place = gpv_place_after(place, 1, size);
         }
         if (turn == published) {
             P(q)->held_offset = (uint16_t)head;
-            P(q)->held_flags = (uint16_t)head_flags;
-        } else {
-            GPV_STORE(q, &desc[head].flags, (uint16_t)head_flags);
+            P(q)->held_flags = (uint16_t)flags;
+            flags ^= USED_AND_AVAIL; /* available in the lap before, which means nothing in this one */
         }
-        free_id = next[id];
+        fill(q, &desc[head], addr, len, id, flags);
         slot->cookie = cookies ? cookies[n] : 0;
         slot->turn = turn;
-        slot->writable = writable;
-        slot->count = (uint16_t)taken;
-        slot->last = (uint16_t)id;
+        slot->use = gpv_word(writable, taken, id);
         if (ids)
             ids[n] = id;
         room -= taken;
+        id = in_order ? place.offset : next[id];
     }
     P(q)->added = (uint16_t)(P(q)->added + q->free - room);
     P(q)->next_avail = place;
     q->free = room;
-    q->free_head = (uint16_t)free_id;
+    q->free_head = (uint16_t)id;
     q->turn_added = turn;
     return n ? (int32_t)n : error;
+}
+
+int32_t gpv_packed_add(struct gpv_queue *q, struct gpv_rows rows, uint32_t count, const uint64_t *cookies, uint32_t *ids)
+{
+    if (rows.elements == 1) /* known here, so this one is compiled without loops over elements */
+        return add_rows(q, rows, count, cookies, ids);
+    return add_rows(q, rows, count, cookies, ids);
 }
 
 /* 2.8.21.1.1 and 2.8.21.2. Returns whether the device asks for a notification. */
@@ -207,7 +209,7 @@ int32_t gpv_packed_reap(struct gpv_queue *q, uint32_t *ids, uint32_t *lengths, u
     uint16_t *const next = q->next;
     const uint32_t size = q->size;
     struct gpv_place place = P(q)->next_used;
-    uint32_t n = 0, waiting = gpv_waiting(q), freed = 0, head, id, len;
+    uint32_t n = 0, waiting = gpv_waiting(q), freed = 0, step = 1, head, id, len;
 
     if (q->in_order) {
         while (n < max && (q->batch_left || next_batch(q))) {
@@ -223,8 +225,10 @@ int32_t gpv_packed_reap(struct gpv_queue *q, uint32_t *ids, uint32_t *lengths, u
                 lengths[n] = len;
             if (cookies)
                 cookies[n] = slots[id].cookie;
-            place = gpv_place_after(place, slots[id].count, size);
-            freed += slots[id].count;
+            if (slots[id].count != step)
+                step = GPV_OPAQUE(slots[id].count); /* a branch lets the CPU look ahead before it knows the count */
+            place = gpv_place_after(place, step, size);
+            freed += step;
             slots[id].count = 0;
             next[id] = (uint16_t)head;
             head = id;

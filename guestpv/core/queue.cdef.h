@@ -16,7 +16,7 @@ enum gpv_error {
     GPV_ELENGTH = -3, /* an element of length 0, or more than 2^32 bytes in total */
     GPV_EBROKEN = -4, /* the device broke the standard: gpv_violation says how */
     GPV_ETHREAD = -5, /* called from a thread that does not own the queue */
-    GPV_EKICK = -6,   /* the kick's eventfd failed */
+    GPV_EKICK = -6,   /* the kick failed: its eventfd or its call */
     GPV_EINTR = -7,   /* a signal arrived while waiting */
     GPV_ECLOSED = -8  /* no queue: NULL */
 };

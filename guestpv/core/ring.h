@@ -15,11 +15,10 @@
 #define GPV_DESC_F_AVAIL (1u << 7)
 #define GPV_DESC_F_USED (1u << 15)
 
+/* 2.7.5: le64 addr, then le32 len, le16 flags and le16 next, which the core writes as one word. */
 struct gpv_split_desc {
     GPV_SHARED(uint64_t) addr;
-    GPV_SHARED(uint32_t) len;
-    GPV_SHARED(uint16_t) flags;
-    GPV_SHARED(uint16_t) next;
+    GPV_SHARED(uint64_t) len_flags_next;
 };
 
 struct gpv_used_elem {
@@ -27,6 +26,7 @@ struct gpv_used_elem {
     GPV_SHARED(uint32_t) len;
 };
 
+/* 2.8.13. Where the flags need not wait for the rest, the core writes le32 len, le16 id and le16 flags as one word. */
 struct gpv_packed_desc {
     GPV_SHARED(uint64_t) addr;
     GPV_SHARED(uint32_t) len;
@@ -36,19 +36,24 @@ struct gpv_packed_desc {
 
 /* A position in a packed ring. On the wire: offset in bits 0-14, wrap in bit 15 (2.8.14, 2.9). */
 struct gpv_place {
-    uint16_t offset;
-    uint16_t wrap; /* 0 or 1 */
+    uint32_t offset;
+    uint32_t wrap; /* 0 or 1 */
 };
 
 #define GPV_NEVER UINT64_MAX
 
-/* A buffer in flight; the index is its id. */
+/* A buffer in flight; the index is its id. Three words, because a store a cycle is what limits adding. */
 struct gpv_slot {
     uint64_t cookie;
-    uint64_t turn;     /* how many buffers were added before it; GPV_NEVER: the slot was not in use yet */
-    uint32_t writable; /* bytes the device may write; 2^32 is kept as 2^32 - 1, which no used length exceeds */
-    uint16_t count;    /* ring descriptors it occupies; 0: not in flight */
-    uint16_t last;     /* the last of the free-list entries it took */
+    uint64_t turn; /* how many buffers were added before it; GPV_NEVER: the slot was not in use yet */
+    union {
+        struct {
+            uint32_t writable; /* bytes the device may write; 2^32 is kept as 2^32 - 1, which no used length exceeds */
+            uint16_t count;    /* ring descriptors it occupies; 0: not in flight */
+            uint16_t last;     /* the last of the free-list entries it took */
+        };
+        uint64_t use;
+    };
 };
 
 struct gpv_split {
@@ -119,6 +124,12 @@ struct gpv_queue {
 void gpv_observe(struct gpv_queue *q, int32_t what, const volatile void *where, uint32_t width, uint64_t value);
 #endif
 
+/* Three little-endian fields of 4, 2 and 2 bytes as one word. */
+static inline uint64_t gpv_word(uint32_t low, uint32_t middle, uint32_t high)
+{
+    return low | (uint64_t)middle << 32 | (uint64_t)high << 48;
+}
+
 /* 2.7.10, 2.8.10: does moving an index from old to new pass event, all modulo 65536? */
 static inline int gpv_crossed(uint16_t event, uint16_t new_index, uint16_t old_index)
 {
@@ -133,7 +144,7 @@ static inline struct gpv_place gpv_place_after(struct gpv_place place, uint32_t 
         offset -= size;
         place.wrap ^= 1;
     }
-    place.offset = (uint16_t)offset;
+    place.offset = offset;
     return place;
 }
 
@@ -175,6 +186,9 @@ static inline int32_t gpv_check_used(struct gpv_queue *q, uint32_t position, uin
     return 0;
 }
 
+/* Inlined twice: single-element buffers get a loop of their own. */
+#define GPV_SPECIALIZED static inline __attribute__((always_inline))
+
 /* Buffers to add: rows of elements, wherever their addresses and lengths lie. */
 struct gpv_rows {
     const uint64_t *addresses;
@@ -195,6 +209,12 @@ static inline uint32_t gpv_length(const struct gpv_rows *rows, uint32_t element)
     return rows->lengths[(size_t)element * rows->length_step];
 }
 
+static inline uint32_t gpv_element_flags(const struct gpv_rows *rows, uint32_t element)
+{
+    return (element + 1 < rows->elements ? GPV_DESC_F_NEXT : 0) |
+           (element >= rows->writable_from ? GPV_DESC_F_WRITE : 0);
+}
+
 static inline void gpv_next_row(struct gpv_rows *rows)
 {
     rows->addresses += (size_t)rows->elements * rows->address_step;
@@ -204,7 +224,7 @@ static inline void gpv_next_row(struct gpv_rows *rows)
 /* Adds up the lengths of a buffer before anything is written. Returns 0 or a gpv_error. */
 static inline int32_t gpv_check_row(const struct gpv_rows *rows, uint32_t *writable)
 {
-    uint64_t total[2] = {0, 0};
+    uint64_t readable = 0, total = 0;
     uint32_t i;
 
     for (i = 0; i < rows->elements; i++) {
@@ -212,11 +232,13 @@ static inline int32_t gpv_check_row(const struct gpv_rows *rows, uint32_t *writa
 
         if (length == 0)
             return GPV_ELENGTH;
-        total[i >= rows->writable_from] += length;
+        total += length;
+        readable += i < rows->writable_from ? length : 0;
     }
-    if (total[0] + total[1] > (uint64_t)1 << 32) /* 2.7.5.2 */
+    if (total > (uint64_t)1 << 32) /* 2.7.5.2 */
         return GPV_ELENGTH;
-    *writable = total[1] > UINT32_MAX ? UINT32_MAX : (uint32_t)total[1];
+    total -= readable;
+    *writable = total > UINT32_MAX ? UINT32_MAX : (uint32_t)total;
     return 0;
 }
 

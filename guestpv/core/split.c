@@ -8,15 +8,7 @@ static inline void fill(struct gpv_queue *q, struct gpv_split_desc *d, uint64_t 
 {
     (void)q;
     GPV_STORE(q, &d->addr, addr);
-    GPV_STORE(q, &d->len, len);
-    GPV_STORE(q, &d->flags, (uint16_t)flags);
-    GPV_STORE(q, &d->next, (uint16_t)next);
-}
-
-static inline uint32_t element_flags(const struct gpv_rows *rows, uint32_t element)
-{
-    return (element + 1 < rows->elements ? GPV_DESC_F_NEXT : 0) |
-           (element >= rows->writable_from ? GPV_DESC_F_WRITE : 0);
+    GPV_STORE(q, &d->len_flags_next, gpv_word(len, flags, next));
 }
 
 /* 2.7.5.3: one table per descriptor, its entries in order from 0. */
@@ -27,13 +19,14 @@ static void fill_table(struct gpv_queue *q, uint32_t id, const struct gpv_rows *
     uint32_t i;
 
     for (i = 0; i < rows->elements; i++)
-        fill(q, &table[i], gpv_address(rows, i), gpv_length(rows, i), element_flags(rows, i),
+        fill(q, &table[i], gpv_address(rows, i), gpv_length(rows, i), gpv_element_flags(rows, i),
              i + 1 < rows->elements ? i + 1 : 0);
     fill(q, &S(q)->desc[id], q->tables_bus + first * 16, rows->elements * 16, GPV_DESC_F_INDIRECT, 0);
 }
 
 /* 2.7.13.1 and 2.7.13.2. With IN_ORDER the free list is the ring order itself, as 2.7.5 asks. */
-int32_t gpv_split_add(struct gpv_queue *q, struct gpv_rows rows, uint32_t count, const uint64_t *cookies, uint32_t *ids)
+GPV_SPECIALIZED int32_t add_rows(struct gpv_queue *q, struct gpv_rows rows, uint32_t count, const uint64_t *cookies,
+                                 uint32_t *ids)
 {
     struct gpv_split_desc *const desc = S(q)->desc;
     GPV_SHARED(uint16_t) *const avail_ring = S(q)->avail_ring;
@@ -57,7 +50,7 @@ int32_t gpv_split_add(struct gpv_queue *q, struct gpv_rows rows, uint32_t count,
             fill_table(q, id, &rows);
         } else {
             for (i = 0;; i++) {
-                fill(q, &desc[last], gpv_address(&rows, i), gpv_length(&rows, i), element_flags(&rows, i),
+                fill(q, &desc[last], gpv_address(&rows, i), gpv_length(&rows, i), gpv_element_flags(&rows, i),
                      i + 1 < rows.elements ? following : 0);
                 if (i + 1 == rows.elements)
                     break;
@@ -67,9 +60,7 @@ int32_t gpv_split_add(struct gpv_queue *q, struct gpv_rows rows, uint32_t count,
         }
         slot->cookie = cookies ? cookies[n] : 0;
         slot->turn = turn;
-        slot->writable = writable;
-        slot->count = (uint16_t)taken;
-        slot->last = (uint16_t)last;
+        slot->use = gpv_word(writable, taken, last);
         GPV_STORE(q, &avail_ring[turn & mask], (uint16_t)id);
         if (ids)
             ids[n] = id;
@@ -80,6 +71,13 @@ int32_t gpv_split_add(struct gpv_queue *q, struct gpv_rows rows, uint32_t count,
     q->free_head = (uint16_t)id;
     q->turn_added = turn;
     return n ? (int32_t)n : error;
+}
+
+int32_t gpv_split_add(struct gpv_queue *q, struct gpv_rows rows, uint32_t count, const uint64_t *cookies, uint32_t *ids)
+{
+    if (rows.elements == 1) /* known here, so this one is compiled without loops over elements */
+        return add_rows(q, rows, count, cookies, ids);
+    return add_rows(q, rows, count, cookies, ids);
 }
 
 /* 2.7.13.3 and 2.7.13.4. Returns whether the device asks for a notification. */

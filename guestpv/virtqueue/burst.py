@@ -10,6 +10,8 @@ from guestpv.errors import UsageError
 
 from .queue import Virtqueue
 
+_submit, _reap = lib.gpv_burst_submit, lib.gpv_burst_reap
+
 
 class Burst:
     """Submits and reaps bursts on one queue; no Python object is made per buffer.
@@ -77,11 +79,9 @@ class Burst:
         Raises:
             DeviceViolation, UsageError: as ``Virtqueue.add_burst`` and ``publish``.
         """
-        added: int = lib.gpv_burst_submit(self._burst, count)
+        added: int = _submit(self._burst, count)
         if added < 0:
             self._queue._fail(added)
-        if self._queue._kick.error is not None:
-            self._queue._kick.check()
         return added
 
     def reap(self) -> int:
@@ -90,7 +90,7 @@ class Burst:
         Raises:
             DeviceViolation: as ``Virtqueue.reap_burst``.
         """
-        got: int = lib.gpv_burst_reap(self._burst)
+        got: int = _reap(self._burst)
         if got < 0:
             self._queue._fail(got)
         return got

@@ -16,7 +16,7 @@ class Kick:
     Attributes:
         value: notification value without NOTIFICATION_DATA: queue_notif_config_data, or None for the index of
             the virtqueue (4.1.5.2).
-        error: what the Python callable raised last; the queue raises it again from ``publish``.
+        error: what the Python callable raised, until the queue raises it again from ``publish``.
     """
 
     def __init__(
@@ -69,15 +69,9 @@ class Kick:
         kick.call = lib.gpv_python_kick
         kick.user = self._handle
 
-    def check(self) -> None:
-        """Raise what the Python callable raised since the last check."""
-        error, self.error = self.error, None
-        if error is not None:
-            raise error
 
-
-@ffi.def_extern()  # type: ignore[untyped-decorator]
-def gpv_python_kick(user: Any, value: int) -> None:
+@ffi.def_extern(error=-1)  # type: ignore[untyped-decorator]
+def gpv_python_kick(user: Any, value: int) -> int:
     """The C core's way into Python; an exception cannot cross C, so it waits in the kick."""
     kick: Kick = ffi.from_handle(user)
     assert kick.target is not None
@@ -85,3 +79,5 @@ def gpv_python_kick(user: Any, value: int) -> None:
         kick.target(value)
     except BaseException as error:
         kick.error = error
+        return -1
+    return 0

@@ -199,6 +199,9 @@ class Virtqueue:
             raise UsageError(
                 "the virtqueue belongs to another thread", where=self.name, hint="hand it over with own()"
             )
+        error, self._kick.error = self._kick.error, None
+        if error is not None:
+            raise error
         raise GuestpvError("the notification eventfd refused the kick", where=self.name)
 
     def own(self) -> None:
@@ -305,8 +308,6 @@ class Virtqueue:
         result: int = lib.gpv_publish(self.handle)
         if result < 0:
             self._fail(result)
-        if self._kick.error is not None:
-            self._kick.check()
         return result > 0
 
     def notify(self) -> None:
@@ -314,7 +315,6 @@ class Virtqueue:
         result: int = lib.gpv_notify(self.handle)
         if result < 0:
             self._fail(result)
-        self._kick.check()
 
     def completions(self) -> Iterator[tuple[int, int]]:
         """Take used buffers one by one until none is left: (token, used length in bytes).

@@ -19,7 +19,9 @@ def main() -> int:
     names = sorted(module.name for module in pkgutil.iter_modules([str(package)]) if module.name not in TOOLS)
     parser = argparse.ArgumentParser(prog="tools/bench", description="Benchmarks; see docs/performance.md.")
     parser.add_argument("name", choices=names)
-    parser.add_argument("--quick", action="store_true", help="few repeats: to see that it works, not to judge")
+    parser.add_argument(
+        "--quick", action="store_true", help="few repeats: to see that it works, not to judge"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there")
     arguments = parser.parse_args()
     versions, rows = importlib.import_module(f"bench_suite.{arguments.name}").run(arguments.quick)

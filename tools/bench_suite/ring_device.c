@@ -61,7 +61,7 @@ static void use_packed(struct device *d)
     }
 }
 
-void use_all(void *user, uint32_t value)
+int32_t use_all(void *user, uint32_t value)
 {
     struct device *d = user;
 
@@ -70,6 +70,7 @@ void use_all(void *user, uint32_t value)
         use_packed(d);
     else
         use_split(d);
+    return 0;
 }
 
 /* The device's own share: uses the same `buffers` `rounds` times. They are available, and are left used. */
@@ -82,7 +83,7 @@ void use_again(struct device *d, uint32_t buffers, uint32_t rounds)
     for (round = 0; round < rounds; round++) {
         if (d->packed && round > 0) {
             for (i = 0, position = index; i < buffers; i++, position += d->elements)
-                ring[position % d->size].flags = wrap == position < d->size ? 0x80 : 0x8000;
+                ring[position % d->size].flags = (wrap == 1) == (position < d->size) ? 0x80 : 0x8000;
         }
         d->index = index;
         d->wrap = wrap;
