@@ -1,4 +1,4 @@
-"""What every benchmark writes: rows of (case, metric, value, ratio to a peer), with the machine they come from."""
+"""What every benchmark writes: rows of (case, metric, value, ratio to a peer), and the machine."""
 
 from __future__ import annotations
 

@@ -29,7 +29,9 @@ from .report import Row, median, sample
 HERE = Path(__file__).resolve().parent
 BUILD = HERE.parents[1] / "build" / "bench"
 CDEF = """
-struct device { uint32_t size; int32_t packed; uint8_t *desc, *driver, *device; uint16_t index, wrap; uint32_t elements; };
+struct device {
+    uint32_t size; int32_t packed; uint8_t *desc, *driver, *device; uint16_t index, wrap; uint32_t elements;
+};
 void noop(void);
 int32_t use_all(void *user, uint32_t value);
 void use_again(struct device *d, uint32_t buffers, uint32_t rounds);
@@ -43,7 +45,8 @@ def stub() -> Any:
     builder.set_source("_ring_device", (HERE / "ring_device.c").read_text(), extra_compile_args=["-O2"])
     path = builder.compile(tmpdir=str(BUILD))
     spec = importlib.util.spec_from_file_location("_ring_device", path)
-    assert spec and spec.loader
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
