@@ -26,8 +26,9 @@ def down(report: Report, name: str | None, everything: bool) -> None:
     if `net up` took it from there.
     """
     from ..services.control import DOWN_TIME_LIMIT, ask, find
+    from ..vfio.lock import runtime_directory
 
-    found = find(name)
+    found = find(runtime_directory(), name)
     if not found and not everything:
         raise UsageError("nothing is up", hint="guestpv net status")
     if len(found) > 1 and not everything:

@@ -99,7 +99,7 @@ def in_background(wishes: Any, ready: Any) -> None:
     from .session import Session
 
     def tell(event: str) -> None:
-        print(time.strftime("%F %T"), event, flush=True)
+        os.write(1, f"{time.strftime('%F %T')} {event}\n".encode())
 
     def start_log(status: dict[str, Any]) -> None:
         path = os.path.join(runtime_directory(), f"{status['name']}.log")

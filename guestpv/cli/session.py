@@ -23,6 +23,7 @@ from ..services.resolver import Resolver
 from ..spec import features as feat
 from ..transport.base import FeatureFilter
 from ..vfio.binding import bind, unbind
+from ..vfio.lock import runtime_directory
 from ..vfio.survey import Function, look_up, survey
 from .signals import Stop
 
@@ -91,7 +92,7 @@ class Session:
             Stopped: a signal came before it was up.
             GuestpvError: it could not be brought up, or came to an end by itself; everything is undone.
         """
-        with Stop() as stop, ControlServer(self.status, stop.wake) as control:
+        with Stop() as stop, ControlServer(runtime_directory(), self.status, stop.wake) as control:
             try:
                 with ExitStack() as undo:
                     self._bring_up(undo, stop, control)

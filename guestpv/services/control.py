@@ -22,7 +22,6 @@ from types import FrameType, TracebackType
 from typing import Any, Final, Self
 
 from ..errors import GuestpvError, TimeLimit, UsageError
-from ..vfio.lock import runtime_directory
 
 LINE_LIMIT: Final = 1 << 20
 """Bytes of the longest line either side accepts."""
@@ -36,6 +35,7 @@ class ControlServer:
     """Answers on the control socket from a thread of its own, from ``listen`` to ``close``.
 
     Args:
+        directory: where the socket goes; nobody else can write there.
         status: what to answer to ``status``; called in the server's thread.
         wake: called in the server's thread when a client asks for the end.
 
@@ -43,8 +43,9 @@ class ControlServer:
         farewell: the answer to those who asked for the end, given by ``close``.
     """
 
-    def __init__(self, status: Callable[[], Data], wake: Callable[[], None]) -> None:
+    def __init__(self, directory: str, status: Callable[[], Data], wake: Callable[[], None]) -> None:
         self.farewell: Data = {}
+        self._directory = Path(directory)
         self._status = status
         self._wake = wake
         self._down = threading.Event()
@@ -64,7 +65,7 @@ class ControlServer:
         Raises:
             UsageError: something of this name is up.
         """
-        path = Path(runtime_directory(), f"{name}.sock")
+        path = self._directory / f"{name}.sock"
         if path.exists() and (taken := ask_or_remove(path)) is not None:
             raise UsageError(
                 f"{name} is up already, in process {taken.get('pid')}",
@@ -207,10 +208,13 @@ class Endpoint:
         return self.path.stem
 
 
-def endpoints() -> list[Endpoint]:
-    """All that is up; stale sockets are removed on the way. One that does not answer has its error shown."""
+def endpoints(directory: str) -> list[Endpoint]:
+    """All that is up and has its socket in ``directory``; stale sockets are removed on the way.
+
+    One that does not answer has ``error`` in its status.
+    """
     found = []
-    for path in sorted(Path(runtime_directory()).glob("*.sock")):
+    for path in sorted(Path(directory).glob("*.sock")):
         try:
             status = ask_or_remove(path)
         except GuestpvError as error:
@@ -220,13 +224,13 @@ def endpoints() -> list[Endpoint]:
     return found
 
 
-def find(wanted: str | None) -> list[Endpoint]:
+def find(directory: str, wanted: str | None) -> list[Endpoint]:
     """Those of what is up that ``wanted`` names: a link, a PCI address, a SPEC, or None for all.
 
     Raises:
         UsageError: a name was given and nothing of that name is up.
     """
-    everything = endpoints()
+    everything = endpoints(directory)
     if wanted is None:
         return everything
     found = [

@@ -23,6 +23,7 @@ from guestpv.services.dhcp import Settings
 from guestpv.spec import features as feat
 from guestpv.vfio.binding import bind as real_bind
 from guestpv.vfio.binding import unbind as real_unbind
+from guestpv.vfio.lock import runtime_directory
 from guestpv.vfio.survey import look_up as real_look_up
 from guestpv.vfio.survey import survey as real_survey
 
@@ -329,7 +330,7 @@ def test_status_and_down_over_the_socket(world: World) -> None:
     answers: list[dict[str, Any]] = []
 
     def client() -> None:
-        (endpoint,) = endpoints()
+        (endpoint,) = endpoints(runtime_directory())
         answers.append(endpoint.status)
         answers.append(ask(endpoint.path, "down", 10))
 
@@ -349,9 +350,9 @@ def test_down_while_an_address_is_awaited(world: World) -> None:
     answers: list[BaseException | dict[str, Any]] = []
 
     def client() -> None:
-        while not endpoints():
+        while not endpoints(runtime_directory()):
             time.sleep(0.01)
-        answers.append(ask(endpoints()[0].path, "down", 10))
+        answers.append(ask(endpoints(runtime_directory())[0].path, "down", 10))
 
     thread = threading.Thread(target=client)
     thread.start()

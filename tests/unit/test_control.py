@@ -20,10 +20,10 @@ from guestpv.services import control
 from guestpv.services.control import ControlServer, Detached, ask, detach, endpoints, find
 
 
-@pytest.fixture(autouse=True)
-def runtime(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+@pytest.fixture
+def runtime(tmp_path: Path) -> Path:
     path = tmp_path / "run"
-    monkeypatch.setenv("RUNTIME_DIRECTORY", str(path))
+    path.mkdir()
     return path
 
 
@@ -33,9 +33,9 @@ def woken() -> list[int]:
 
 
 @pytest.fixture
-def server(woken: list[int]) -> Iterator[ControlServer]:
+def server(runtime: Path, woken: list[int]) -> Iterator[ControlServer]:
     status = {"pid": os.getpid(), "name": "pv0", "function": "0000:01:00.0", "spec": "vfio:0000:01:00.0"}
-    with ControlServer(lambda: status, lambda: woken.append(1)) as running:
+    with ControlServer(str(runtime), lambda: status, lambda: woken.append(1)) as running:
         yield running
 
 
@@ -46,10 +46,10 @@ def eventually(condition: Callable[[], bool]) -> None:
         time.sleep(0.005)
 
 
-def test_status_over_the_socket(server: ControlServer) -> None:
+def test_status_over_the_socket(server: ControlServer, runtime: Path) -> None:
     path = server.listen("pv0")
     assert ask(path, "status", 5)["function"] == "0000:01:00.0"
-    assert [endpoint.name for endpoint in endpoints()] == ["pv0"]
+    assert [endpoint.name for endpoint in endpoints(str(runtime))] == ["pv0"]
     assert not server.down_requested
 
 
@@ -58,7 +58,6 @@ def test_only_the_owner_gets_in(
 ) -> None:
     path = server.listen("pv0")
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
-    assert stat.S_IMODE(runtime.stat().st_mode) == 0o700
     assert sorted(entry.name for entry in runtime.iterdir()) == ["pv0.sock"]
     peer = (0).to_bytes(4, "little") + (4711).to_bytes(4, "little") + bytes(4)
     monkeypatch.setattr(
@@ -69,19 +68,19 @@ def test_only_the_owner_gets_in(
 
 
 @pytest.mark.parametrize("name", ["pv0", "0000:01:00.0", "vfio:0000:01:00.0"])
-def test_finding_by_name_address_or_spec(server: ControlServer, name: str) -> None:
+def test_finding_by_name_address_or_spec(server: ControlServer, runtime: Path, name: str) -> None:
     server.listen("pv0")
-    assert [endpoint.name for endpoint in find(name)] == ["pv0"]
+    assert [endpoint.name for endpoint in find(str(runtime), name)] == ["pv0"]
 
 
-def test_finding_what_is_not_there(server: ControlServer) -> None:
-    assert find(None) == []
+def test_finding_what_is_not_there(server: ControlServer, runtime: Path) -> None:
+    assert find(str(runtime), None) == []
     with pytest.raises(UsageError, match="pv1 is not up") as caught:
-        find("pv1")
+        find(str(runtime), "pv1")
     assert "nothing is up" in caught.value.hint
     server.listen("pv0")
     with pytest.raises(UsageError) as caught:
-        find("pv1")
+        find(str(runtime), "pv1")
     assert caught.value.hint == "up are: pv0"
 
 
@@ -102,24 +101,23 @@ def test_down_is_answered_when_it_is_over(server: ControlServer, woken: list[int
 
 
 def test_stale_sockets_are_removed(runtime: Path, server: ControlServer) -> None:
-    runtime.mkdir(mode=0o700)
     stale = runtime / "pv0.sock"
     socket.socket(socket.AF_UNIX).bind(str(stale))
-    assert endpoints() == []
+    assert endpoints(str(runtime)) == []
     assert not stale.exists()
     socket.socket(socket.AF_UNIX).bind(str(stale))
     server.listen("pv0")
-    assert [endpoint.name for endpoint in endpoints()] == ["pv0"]
+    assert [endpoint.name for endpoint in endpoints(str(runtime))] == ["pv0"]
 
 
 def test_a_name_that_is_taken_is_refused(server: ControlServer, runtime: Path) -> None:
     server.listen("pv0")
     with (
-        ControlServer(dict, lambda: None) as second,
+        ControlServer(str(runtime), dict, lambda: None) as second,
         pytest.raises(UsageError, match=f"pv0 is up already, in process {os.getpid()}"),
     ):
         second.listen("pv0")
-    assert [endpoint.name for endpoint in endpoints()] == ["pv0"]
+    assert [endpoint.name for endpoint in endpoints(str(runtime))] == ["pv0"]
     assert len(list(runtime.iterdir())) == 1
 
 
@@ -160,13 +158,13 @@ def test_a_client_that_says_nothing_holds_nobody_up(server: ControlServer) -> No
         assert ask(path, "status", 5)["name"] == "pv0"
 
 
-def test_a_status_that_fails_is_said() -> None:
+def test_a_status_that_fails_is_said(runtime: Path) -> None:
     def status() -> dict[str, Any]:
         raise ValueError("no counters")
 
-    with ControlServer(status, lambda: None) as server:
+    with ControlServer(str(runtime), status, lambda: None) as server:
         server.listen("pv0")
-        (endpoint,) = endpoints()
+        (endpoint,) = endpoints(str(runtime))
         assert "no counters" in endpoint.status["error"]
 
 
