@@ -24,6 +24,7 @@ from guestpv.spec.features import F_EVENT_IDX, F_INDIRECT_DESC, F_RING_PACKED, m
 from guestpv.transport.vhost_user import VhostUserTransport
 from guestpv.virtqueue.queue import Virtqueue
 from guestpv.wire.vhost_user import ProtocolError
+from peers import tree
 from peers.backend import Backend, storage_daemon
 
 SIZE = 1 << 20
@@ -301,10 +302,11 @@ class Qmp:
 
 
 def test_a_resized_disk_is_a_configuration_change(start: Start, connect: Open, tmp_path: Path) -> None:
+    """Only the daemon of a newer QEMU (from 8.1 on) tells."""
     path, monitor = tmp_path / "disk", tmp_path / "qmp"
     path.write_bytes(bytes(SIZE))
     options = ["--chardev", f"socket,id=mon,path={monitor},server=on,wait=off", "--monitor", "mon"]
-    transport = connect(start(f"driver=file,filename={path}", options=options))
+    transport = connect(start(f"driver=file,filename={path}", options=options, tree=tree.get("peers")))
     live(transport)
     assert transport.config(spec.CONFIG)["capacity"] == SIZE // 512
     fd = transport.config_fd

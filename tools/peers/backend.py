@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Self
 
 from peers.errors import PeerError
+from peers.tree import LIBRARIES, Tree
 
 LISTENING = 0x10000
 """``__SO_ACCEPTCON`` in the flags column of /proc/net/unix."""
@@ -24,9 +25,9 @@ def _die_with_parent() -> None:
     _libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-def listening(path: Path) -> bool:
-    """Whether somebody listens on this UNIX socket, found out without connecting to it."""
-    with open("/proc/net/unix") as table:
+def listening(path: Path, pid: int) -> bool:
+    """Whether somebody in the network namespace of ``pid`` listens there, found out without connecting."""
+    with open(f"/proc/{pid}/net/unix") as table:
         for line in table:
             columns = line.split(maxsplit=7)
             if len(columns) == 8 and columns[7].rstrip("\n") == str(path) and int(columns[3], 16) & LISTENING:
@@ -80,8 +81,7 @@ class Backend:
         if self._cpus is not None:
             os.sched_setaffinity(self._process.pid, self._cpus)
         deadline = time.monotonic() + timeout
-        while not listening(self.socket):
-            ended = self._process.poll()
+        while not ((ended := self._process.poll()) is None and listening(self.socket, self.pid)):
             if ended is not None or time.monotonic() > deadline:
                 self.kill()
                 state = f"does not listen on {self.socket} after {timeout:g} s" if ended is None else "ended"
@@ -131,7 +131,7 @@ def storage_daemon(
     queues: int = 1,
     options: Sequence[str] = (),
     cpus: set[int] | None = None,
-    program: str = "qemu-storage-daemon",
+    tree: Tree | None = None,
 ) -> Backend:
     """QEMU's block layer as a vhost-user-blk back end.
 
@@ -140,9 +140,56 @@ def storage_daemon(
         node: ``--blockdev`` options without ``node-name``, such as ``driver=null-co,size=1048576``.
         queues: virtqueues that it offers.
         options: further arguments, put before the block node.
-        program: another build of it.
+        tree: where to take the program from; None: the machine's own.
     """
-    command = [program, *options, "--blockdev", f"{node},node-name=disk"]
+    name = "qemu-storage-daemon"
+    command = [*(tree.program(name) if tree else [name]), *options, "--blockdev", f"{node},node-name=disk"]
     export = "type=vhost-user-blk,id=export,node-name=disk,writable=on"
     command += ["--export", f"{export},num-queues={queues},addr.type=unix,addr.path={socket}"]
     return Backend(command, socket, "qemu-system-common", cpus)
+
+
+PASST_GATEWAY = "192.0.2.1"
+"""What the guest sees as its router; packets to it reach the loopback of passt's namespace."""
+PASST_ADDRESS = "192.0.2.2"
+"""What passt gives its guest."""
+
+_PASST_SETUP = f"""
+set -e
+ip link set lo up
+ip tuntap add dev tap0 mode tap
+ip address add {PASST_ADDRESS}/24 dev tap0
+ip link set tap0 up
+ip route add default via {PASST_GATEWAY}
+echo 0 2147483647 > /proc/sys/net/ipv4/ping_group_range
+exec "$@"
+"""
+
+
+def passt(socket: Path, tree: Tree) -> Backend:
+    """passt as a vhost-user-net back end, alone in a network namespace that reaches nothing."""
+    command = [*_namespace(), "sh", "-c", _PASST_SETUP, "sh", *tree.program("passt")]
+    command += ["--vhost-user", "--foreground", "--ipv4-only", "--socket", str(socket)]
+    return Backend(command, socket, "util-linux iproute2")
+
+
+def _namespace() -> list[str]:
+    return ["unshare", "--net"] if os.geteuid() == 0 else ["unshare", "--net", "--map-root-user"]
+
+
+def dpdk_vhost(
+    socket: Path, tree: Tree, *, forward: str = "macswap", cores: tuple[int, int] = (0, 1), memory: int = 256
+) -> Backend:
+    """DPDK's vhost PMD under testpmd, as a vhost-user-net back end that polls.
+
+    Args:
+        forward: testpmd's forwarding mode: ``macswap`` sends every frame back, ``txonly``, ``rxonly``.
+        cores: CPU for the commands and CPU for the packets.
+        memory: MiB; no huge pages are used.
+    """
+    drivers = next((tree.root / LIBRARIES[0] / "dpdk").glob("pmds-*"))
+    command = [*tree.program("dpdk-testpmd"), "-d", str(drivers), "--no-huge", "-m", str(memory), "--no-pci"]
+    command += ["--no-shconf", "--no-telemetry", "-l", f"{cores[0]},{cores[1]}"]
+    command += ["--vdev", f"net_vhost0,iface={socket},queues=1", "--", "--interactive", "--auto-start"]
+    command += [f"--forward-mode={forward}", "--nb-cores=1", "--total-num-mbufs=8192"]
+    return Backend(command, socket, "dpdk")
