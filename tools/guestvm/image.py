@@ -286,10 +286,10 @@ def _add_python(tree: Tree) -> None:
     for name in ("guestpv", "pytest"):
         tree.add(f"/opt/venv/bin/{name}", f'#!/bin/sh\nexec python -m {name} "$@"\n'.encode(), 0o755)
     for name in sorted(_distributions()):
-        for file in metadata.distribution(name).files or ():
-            source = Path(str(file.locate()))
-            if ".." not in file.parts and source.is_file() and not _pruned(f"/{file}"):
-                tree.copy(source, f"{site}/{file}")
+        for item in metadata.distribution(name).files or ():
+            source = Path(str(item.locate()))
+            if ".." not in item.parts and source.is_file() and not _pruned(f"/{item}"):
+                tree.copy(source, f"{site}/{item}")
 
 
 def _python_files(library: Path) -> Iterator[Path]:
