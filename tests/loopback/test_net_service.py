@@ -125,7 +125,7 @@ def test_frames_cross_both_ways_whole_and_in_order(
     assert stats["rx"]["dropped"] == 0
 
 
-@pytest.mark.requirement("DRV-NET-24")
+@pytest.mark.requirement("DRV-NET-184")
 def test_a_frame_over_many_merged_buffers_arrives_whole(bench: Callable[..., Bench]) -> None:
     one = bench(mtu="9000")
     assert one.service.features >> spec.F_MRG_RXBUF & 1
@@ -182,7 +182,7 @@ def test_a_device_that_needs_a_reset_ends_the_watch(bench: Callable[..., Bench])
         one.service.watch(2)
 
 
-@pytest.mark.requirement("DRV-NET-89")
+@pytest.mark.requirement("DRV-NET-101", "DRV-NET-147")
 def test_several_queue_pairs_each_carry_frames(bench: Callable[..., Bench]) -> None:
     one = bench(pairs="4", queue_pairs=4)
     outbound = [frame(n) for n in range(64)]
