@@ -31,7 +31,7 @@ def test_constants_are_those_of_the_kernels_headers(tmp_path: Path) -> None:
     enums = "\n".join(f'printf("{n} %u\\n", (unsigned){n});' for n in ("IFNAMSIZ",))
     source = tmp_path / "abi.c"
     source.write_text(
-        "#include <stdio.h>\n#include <linux/if.h>\n#include <linux/if_tun.h>\n"
+        "#include <stdio.h>\n#include <sys/ioctl.h>\n#include <linux/if.h>\n#include <linux/if_tun.h>\n"
         f"int main(void) {{\n{lines}\n{enums}\nreturn 0;\n}}\n"
     )
     subprocess.run(["cc", "-o", tmp_path / "abi", source], check=True)
