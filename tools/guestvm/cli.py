@@ -161,6 +161,8 @@ def _converse(process: Process) -> None:
 
 def entry() -> None:
     """`main` with the lab's errors as one line and an exit status of their own."""
+    # Unwind, so that the machine is ended and its files are removed.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         main.main(standalone_mode=True)
     except GuestTimeout as error:
