@@ -349,8 +349,7 @@ class Qemu:
     def stuck(self, doing: str) -> GuestpvError:
         """Kill a QEMU that did not answer in time; returns the error to raise."""
         if self._fate is None:
-            busy = self._cpu_share(0.2)
-            state = f"spins at {busy:.0%} CPU" if busy > 0.5 else "hangs"
+            state = "spins" if self._spins() else "hangs"
             self._send(signal.SIGKILL)
             said = self.words()
             self._fate = TimeLimit(
@@ -385,16 +384,21 @@ class Qemu:
                 )
         return self._fate
 
-    def _cpu_share(self, seconds: float) -> float:
-        """Processor time per second that the process takes over the next ``seconds``."""
+    def _spins(self) -> bool:
+        """Whether some thread of the process is running, or waiting for a processor, all the time."""
 
-        def used() -> float:
-            fields = Path(f"/proc/{self.pid}/stat").read_text().rsplit(")", 1)[1].split()
-            return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+        def runnable() -> bool:
+            for task in Path(f"/proc/{self.pid}/task").iterdir():
+                with contextlib.suppress(OSError):
+                    if (task / "stat").read_text().rsplit(") ", 1)[1].startswith("R"):
+                        return True
+            return False
 
-        before, start = used(), time.monotonic()
-        time.sleep(seconds)
-        return (used() - before) / (time.monotonic() - start)
+        seen = []
+        for _ in range(20):
+            seen.append(runnable())
+            time.sleep(0.005)
+        return sum(seen) > len(seen) / 2
 
     def _send(self, number: signal.Signals) -> None:
         with contextlib.suppress(ProcessLookupError):

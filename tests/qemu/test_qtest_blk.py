@@ -169,7 +169,7 @@ def test_a_resized_disk_raises_a_configuration_interrupt(device: Device, tmp_pat
 
 
 def test_a_ring_that_hangs_old_qemu_is_reported_as_such(device: Device) -> None:
-    """A packed descriptor of length 0: QEMU before 11.1 sets NEEDS_RESET and then spins for ever."""
+    """A packed descriptor of length 0: QEMU 7.2 spins for ever, 10.0.13 sets NEEDS_RESET and lives."""
     transport = device("virtio-blk-pci,packed=on", blockdev=NULL, mode="poll", answer_limit="1")
     (queue,) = live(transport)
     memory = transport.pool.allocate(64)
@@ -177,10 +177,11 @@ def test_a_ring_that_hangs_old_qemu_is_reported_as_such(device: Device) -> None:
     queue.notify()
     function = transport.function
     assert isinstance(function, QtestFunction)
-    if function.machine.qemu.version >= (11, 1):
+    if function.machine.qemu.version >= (10, 0, 13):
+        wait_for_the_end(transport)
         assert transport.status & Status.NEEDS_RESET
         return
-    with pytest.raises(TimeLimit, match=r"spins at .* killed"):
+    with pytest.raises(TimeLimit, match=r"spins: .* killed"):
         wait_for_the_end(transport)
 
 

@@ -88,7 +88,7 @@ def set_link(machine: QtestMachine, up: bool) -> None:
     [
         ("virtio-rng-pci,disable-legacy=on", 0x1044, {1, 4}),
         ("virtio-rng-pci", 0x1005, {0, 1, 4}),
-        ("virtio-balloon-pci,disable-legacy=on", 0x1045, {4}),
+        ("virtio-rng-pci,vectors=0,disable-legacy=on", 0x1044, {4}),
     ],
 )
 def test_bars_are_sized_and_placed(
@@ -113,8 +113,10 @@ def test_a_transitional_device_answers_through_its_ports(opened: Open) -> None:
     function = opened("virtio-rng-pci")
     ports = function.bar(0)
     assert ports.port
-    legacy_queue_size = 12
-    assert ports.read(legacy_queue_size, 2) == 8
+    legacy_status = 18
+    ports.write(legacy_status, 1, Status.ACKNOWLEDGE)
+    assert ports.read(legacy_status, 1) == Status.ACKNOWLEDGE
+    assert Registers(function).read("device_status") == Status.ACKNOWLEDGE
 
 
 def test_a_function_starts_without_bus_master_and_interrupts(opened: Open) -> None:
@@ -264,7 +266,7 @@ def test_vectors_run_out_with_a_message(opened: Open) -> None:
 
 
 def test_a_device_without_msix_says_so(opened: Open) -> None:
-    function = opened("virtio-balloon-pci")
+    function = opened("virtio-rng-pci,vectors=0")
     assert function.msix_vectors == 0
     with pytest.raises(UsageError, match="1 MSI-X vectors of 0"):
         function.enable_msix(1)
