@@ -40,6 +40,7 @@ class Device:
         required: bits without which FEATURES_OK is refused.
         accepted: what the driver wrote so far.
         features: negotiated features, 0 before FEATURES_OK.
+        running: whether buffers may be used: DRIVER_OK without DEVICE_NEEDS_RESET (2.1.2).
         refuse_features_ok: leave FEATURES_OK clear whatever the driver accepted.
         hold: keep all completions back until ``release``.
     """
@@ -81,9 +82,14 @@ class Device:
         return self.features if self.status & Status.FEATURES_OK else self.offered
 
     @property
-    def running(self) -> bool:
-        """Whether buffers may be used: DRIVER_OK without DEVICE_NEEDS_RESET (2.1.2)."""
-        return self.status & (Status.DRIVER_OK | Status.NEEDS_RESET) == Status.DRIVER_OK
+    def status(self) -> Status:
+        """The device status field (2.1)."""
+        return self._status
+
+    @status.setter
+    def status(self, status: Status) -> None:
+        self._status = status
+        self.running = status & (Status.DRIVER_OK | Status.NEEDS_RESET) == Status.DRIVER_OK
 
     def find(self, requirement: str, message: str, where: str = "") -> Finding:
         """Hold something against the driver that the device can live with."""

@@ -84,6 +84,14 @@ def test_a_wire_end_that_closes_leaves_its_name() -> None:
     other.close()
 
 
+@pytest.mark.parametrize("params", ["packed=off", "packed=on", "event_idx=off", "packed=on&event_idx=off"])
+def test_no_notification_is_lost_between_two_threads(params: str, clean: list[SoftwareFunction]) -> None:
+    with guestpv.open(f"loopback:rng?threaded=on&{params}") as transport, Rng(transport) as rng:
+        clean.append(device_of(transport))
+        for _ in range(500):
+            assert len(rng.read(8, timeout=5)) == 8
+
+
 @pytest.mark.requirement("DRV-INIT-08", "DRV-INIT-11", "DRV-INIT-13")
 def test_refused_features_fail_the_driver() -> None:
     with guestpv.open("loopback:rng") as transport:

@@ -545,3 +545,15 @@ def test_random_ring_memory_never_hangs_or_raises(bench: Bench, packed: int) -> 
                     queue.rings.desc[slot]["next"] = random.integers(0, 9)
         queue.kick()
         queue.driver.pool.free(queue.memory)
+
+
+@FORMATS
+@pytest.mark.parametrize("event_idx", [0, 1 << ft.F_EVENT_IDX], ids=["flags", "event_idx"])
+@pytest.mark.requirement("DEV-SPLIT-24", "DEV-PACKED-11")
+def test_rearming_sees_buffers_that_came_meanwhile(bench: Bench, packed: int, event_idx: int) -> None:
+    queue = bench.start(packed | event_idx)
+    assert not bench.queue.rearm()
+    request(queue)
+    assert bench.queue.rearm()
+    queue.kick()
+    assert not bench.queue.rearm()
