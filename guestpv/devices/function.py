@@ -439,7 +439,11 @@ class SoftwareFunction:
             stack.callback(self.executor.close)
             stack.callback(self._close_fds)
             stack.callback(self.model.close)
-            stack.callback(self.device.reset)
+            stack.callback(self._power_off)
+
+    def _power_off(self) -> None:
+        with self.executor:
+            self.registers.power_on()
 
     def _close_fds(self) -> None:
         self.disable_interrupts()
