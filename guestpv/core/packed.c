@@ -143,18 +143,16 @@ int32_t gpv_packed_pending(struct gpv_queue *q)
     return flags == used(P(q)->next_used.wrap) || (gpv_waiting(q) && flags != available(P(q)->next_used.wrap));
 }
 
+/* In whatever order the device sees position and flags: gpv_packed_arm has a fence and another look behind both. */
 static void set_event(struct gpv_queue *q, uint16_t flags)
 {
-    if (flags == 2) {
-        uint16_t event = gpv_place_pack(P(q)->next_used);
+    const uint16_t event = flags == 2 ? gpv_place_pack(P(q)->next_used) : P(q)->event;
 
-        if (event != P(q)->event)
-            GPV_STORE(q, P(q)->driver_event, event);
-        P(q)->event = event;
-    }
+    if (event != P(q)->event)
+        GPV_STORE(q, P(q)->driver_event, event);
     if (flags != P(q)->event_flags)
-        /* The position before the flags that make it count. Pairs with the device's acquire load of the flags (2.8.10). */
-        GPV_STORE_RELEASE(q, P(q)->driver_flags, flags);
+        GPV_STORE(q, P(q)->driver_flags, flags);
+    P(q)->event = event;
     P(q)->event_flags = flags;
 }
 
