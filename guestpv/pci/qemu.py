@@ -48,6 +48,8 @@ BIOS_HALT = bytes((0xFA, 0xF4, 0xEB, 0xFD))
 OLDEST = (7, 2)
 """First release whose monitor has x-query-virtio-status; ``-object qtest`` is older."""
 DEFAULT_EXECUTABLE = "qemu-system-x86_64"
+START_LIMIT = 20.0
+"""Seconds that a QEMU may take to start, on a machine that is busy with other things."""
 
 
 class GuestRam:
@@ -229,7 +231,7 @@ class Qemu:
         executable: path or name of qemu-system-x86_64.
         memory: bytes of guest RAM.
         pass_fds: file descriptors that ``options`` mention.
-        answer_limit: seconds after which a QEMU that does not answer is killed.
+        answer_limit: seconds after which a running QEMU that does not answer is killed.
 
     Attributes:
         ram: its RAM.
@@ -268,7 +270,7 @@ class Qemu:
                 hint="leave accel= out, or say accel=tcg",
             )
         self.answer_limit = answer_limit
-        self.answered = False
+        self._answered = False
         self._fate: GuestpvError | None = None
         self._qmp: Qmp | None = None
         self._closed = False
@@ -276,9 +278,7 @@ class Qemu:
         self._stderr = os.memfd_create("guestpv-qemu-stderr", os.MFD_CLOEXEC)
         self.qtest, qtest_theirs = socket.socketpair()
         self._monitor, monitor_theirs = socket.socketpair()
-        seconds = struct.pack("ll", int(answer_limit), int(answer_limit % 1 * 1e6))
-        self.qtest.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, seconds)
-        self.qtest.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, seconds)
+        self._limit_answers(START_LIMIT)
         bios = os.memfd_create("guestpv-bios", os.MFD_CLOEXEC)
         os.pwrite(bios, BIOS_HALT, BIOS_RESET_VECTOR)
         os.ftruncate(bios, BIOS_SIZE)
@@ -340,6 +340,18 @@ class Qemu:
         if self._closed:
             raise DeviceGone("this QEMU was closed", where=self.name)
 
+    def _limit_answers(self, seconds: float) -> None:
+        self._limit = seconds
+        packed = struct.pack("ll", int(seconds), int(seconds % 1 * 1e6))
+        self.qtest.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, packed)
+        self.qtest.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, packed)
+
+    def answered(self) -> None:
+        """Note that it answered for the first time: it accepted its options and runs."""
+        if not self._answered:
+            self._answered = True
+            self._limit_answers(self.answer_limit)
+
     def words(self) -> str:
         """What QEMU has written to its standard output and error, without its own name before each line."""
         text = os.pread(self._stderr, 1 << 16, 0).decode("utf-8", "replace")
@@ -354,7 +366,7 @@ class Qemu:
             said = self.words()
             self._fate = TimeLimit(
                 f"{self.name} (pid {self.pid}) {state}: no answer to `{doing}` within "
-                f"{self.answer_limit:g} s, so it was killed" + (f"; its last words: {said}" if said else ""),
+                f"{self._limit:g} s, so it was killed" + (f"; its last words: {said}" if said else ""),
                 where="qtest",
                 hint="a QEMU that spins after a malformed ring is a defect of that QEMU: try a newer one",
             )
@@ -367,7 +379,7 @@ class Qemu:
         if self._fate is None:
             status = self._status(1.0)
             said = self.words() or "(nothing)"
-            if not self.answered and status is not None and status > 0:
+            if not self._answered and status is not None and status > 0:
                 self._fate = UsageError(
                     f"{self.name} refused its options: {said}",
                     where="qtest",

@@ -94,7 +94,7 @@ class QtestSession:
             if not data:
                 raise self._qemu.died(self._doing)
             self._take(data)
-        self._qemu.answered = True
+        self._qemu.answered()
         if self._refusal:
             refusal, self._refusal = self._refusal, ""
             raise GuestpvError(f"{self._qemu.name}: {refusal}", where="qtest")
