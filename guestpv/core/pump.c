@@ -30,9 +30,14 @@ static void count(uint64_t *counter, uint64_t by)
     __atomic_store_n(counter, *counter + by, __ATOMIC_RELAXED);
 }
 
+static uint8_t *at(const struct gpv_pump_buffers *buffers, uint32_t number)
+{
+    return (uint8_t *)(uintptr_t)buffers->memory[number];
+}
+
 static int32_t give_receive_buffer(struct gpv_pump *p, uint32_t buffer)
 {
-    struct gpv_segment segment = { p->c.rx_buffers.bus[buffer], p->c.rx_buffers.stride };
+    struct gpv_segment segment = { p->c.rx_buffers.bus[buffer], p->c.rx_buffers.size };
     int32_t slot = gpv_add(p->c.rx, &segment, 0, 1, buffer);
     return slot < 0 ? slot : 0;
 }
@@ -108,7 +113,7 @@ static int32_t receive(struct gpv_pump *p)
         return got;
     for (int32_t i = 0; i < got; i++) {
         uint32_t buffer = (uint32_t)cookies[i];
-        uint8_t *memory = p->c.rx_buffers.memory + (size_t)buffer * p->c.rx_buffers.stride;
+        uint8_t *memory = at(&p->c.rx_buffers, buffer);
         if (p->frame_have == 0) {
             p->frame_want = lengths[i] < p->c.header ? 0 : fragments_of(p, memory);
             if (p->frame_want == 0 || p->frame_want > MAX_FRAGMENTS) {
@@ -158,8 +163,8 @@ static int32_t transmit(struct gpv_pump *p)
     int32_t sent = 0;
     while (sent < BURST && p->tx_free_count) {
         uint32_t buffer = p->tx_free[p->tx_free_count - 1];
-        uint8_t *memory = buffers->memory + (size_t)buffer * buffers->stride;
-        ssize_t length = read(p->c.tap_fd, memory, buffers->stride);
+        uint8_t *memory = at(buffers, buffer);
+        ssize_t length = read(p->c.tap_fd, memory, buffers->size);
         if (length < 0) {
             if (errno == EINTR)
                 continue;

@@ -1,7 +1,7 @@
 struct gpv_pump_buffers {
-    uint8_t *memory;     /* CPU address of buffer 0 */
-    const uint64_t *bus; /* bus address of each buffer */
-    uint32_t stride;     /* bytes of one buffer */
+    const uint64_t *memory; /* CPU address of each buffer */
+    const uint64_t *bus;    /* its bus address */
+    uint32_t size;          /* bytes of one buffer */
     uint32_t count;
 };
 
@@ -26,7 +26,7 @@ enum gpv_pump_error { GPV_PUMP_ERRNO = -1000 };
 
 struct gpv_pump;
 
-/* NULL when memory is short. The config's bus arrays must outlive the pump. */
+/* NULL when memory is short. The config's arrays must outlive the pump. */
 struct gpv_pump *gpv_pump_new(const struct gpv_pump_config *config);
 void gpv_pump_free(struct gpv_pump *pump);
 

@@ -54,23 +54,25 @@ _BIG_SEND = mask((spec.F_HOST_TSO4, spec.F_HOST_TSO6, spec.F_HOST_UFO, spec.F_HO
 
 
 class Slab:
-    """Equal buffers in one allocation.
+    """Equal buffers, each contiguous on the bus.
 
     Attributes:
-        array: uint8, shape (count, stride).
-        bus: uint64, shape (count,), the bus address of each buffer.
+        size: bytes of one buffer.
+        pointers: uint64, shape (count,), the CPU address of each buffer.
+        bus: uint64, shape (count,), its bus address.
     """
 
-    def __init__(self, pool: DmaPool, count: int, stride: int) -> None:
-        self._pool = pool
-        self.memory = pool.allocate(count * stride, align=4096)
-        self.count = count
-        self.stride = stride
-        self.array = self.memory.array.reshape(count, stride)
-        self.bus: NDArray[np.uint64] = np.array([self[i].address for i in range(count)], dtype=np.uint64)
+    def __init__(self, pool: DmaPool, count: int, size: int) -> None:
+        self._buffers = [pool.allocate(size) for _ in range(count)]
+        self.size = size
+        self.pointers: NDArray[np.uint64] = np.array([b.pointer for b in self._buffers], dtype=np.uint64)
+        self.bus: NDArray[np.uint64] = np.array([b.address for b in self._buffers], dtype=np.uint64)
+
+    def __len__(self) -> int:
+        return len(self._buffers)
 
     def __getitem__(self, index: int) -> DmaBuffer:
-        return self.memory[index * self.stride : (index + 1) * self.stride]
+        return self._buffers[index]
 
 
 @dataclass(slots=True)
@@ -133,11 +135,11 @@ class Net:
                 self._command(spec.CTRL_MQ, spec.CTRL_MQ_VQ_PAIRS_SET, queue_pairs.to_bytes(2, "little"))
         self._rx_tokens: dict[int, int] = {}
         self._tx_tokens: dict[int, int] = {}
-        self._tx_free = list(range(self.pairs[0].tx_slab.count))
+        self._tx_free = list(range(len(self.pairs[0].tx_slab)))
         self._partial: list[bytes] = []
         self._missing = 0
         if started:
-            for index in range(self.pairs[0].rx_slab.count):
+            for index in range(len(self.pairs[0].rx_slab)):
                 self._give(index)
             self.pairs[0].rx.publish()
 
@@ -171,18 +173,18 @@ class Net:
         transport = self.transport
         rx, tx = transport.make_queue(2 * number), transport.make_queue(2 * number + 1)
         frame = self.header_size + ETHERNET_HEADER + VLAN_TAG + max(self.mtu, DEFAULT_MTU)
-        rx_stride = -(-frame // 64) * 64
+        rx_size = -(-frame // 64) * 64
         if transport.has(spec.F_MRG_RXBUF):
-            rx_stride = MERGEABLE_BUFFER
+            rx_size = MERGEABLE_BUFFER
         elif self.features & _BIG_RECEIVE:
-            rx_stride = -(-(self.header_size + LARGEST_FRAME) // 4096) * 4096
-        tx_stride, tx_count = -(-frame // 64) * 64, tx.size
+            rx_size = -(-(self.header_size + LARGEST_FRAME) // 4096) * 4096
+        tx_size, tx_count = -(-frame // 64) * 64, tx.size
         if self.features & _BIG_SEND:
             # 64 KiB each: enough of them to fill a pipe, few enough for a memlock limit of 8 MiB.
-            tx_stride, tx_count = -(-(self.header_size + LARGEST_FRAME) // 4096) * 4096, min(tx.size, 64)
-        rx_count = rx.size if rx_stride <= 16384 else min(rx.size, 64)
+            tx_size, tx_count = -(-(self.header_size + LARGEST_FRAME) // 4096) * 4096, min(tx.size, 64)
+        rx_count = rx.size if rx_size <= 16384 else min(rx.size, 64)
         return QueuePair(
-            rx, tx, Slab(transport.pool, rx_count, rx_stride), Slab(transport.pool, tx_count, tx_stride)
+            rx, tx, Slab(transport.pool, rx_count, rx_size), Slab(transport.pool, tx_count, tx_size)
         )
 
     def _command(self, kind: int, command: int, data: bytes, timeout: float = 5.0) -> None:
@@ -261,7 +263,7 @@ class Net:
         frames: list[bytes] = []
         for token, length in pair.rx.completions():
             index = self._rx_tokens.pop(token)
-            data = pair.rx_slab.array[index, :length]
+            data = pair.rx_slab[index].array[:length]
             self._collect(data, frames)
             self._give(index)
         pair.rx.publish()

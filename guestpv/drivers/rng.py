@@ -32,6 +32,7 @@ class Rng:
         with transport.failing():
             self.queue = transport.make_queue(REQUESTQ)
             self.buffer = transport.pool.allocate(buffer_size)
+            self._asked = False
             transport.driver_ok()
 
     def read(self, nbytes: int, timeout: float = 10.0) -> bytes:
@@ -43,16 +44,20 @@ class Rng:
         """
         result = bytearray()
         while len(result) < nbytes:
-            want = min(nbytes - len(result), self.buffer.nbytes)
-            self.queue.add(writable=[self.buffer[:want]])
-            self.queue.publish()
+            # A buffer that came too late for an earlier call is still the device's: wait for that one.
+            if not self._asked:
+                want = min(nbytes - len(result), self.buffer.nbytes)
+                self.queue.add(writable=[self.buffer[:want]])
+                self.queue.publish()
+                self._asked = True
             if not self.queue.wait(timeout):
                 raise TimeLimit(f"no entropy within {timeout:g} s", where=self.transport.name)
             for _token, length in self.queue.completions():
+                self._asked = False
                 if length == 0:
                     raise DeviceViolation("a buffer came back empty", section="5.4.6", where=self.queue.name)
                 result += self.buffer.array[:length].tobytes()
-        return bytes(result)
+        return bytes(result[:nbytes])
 
     def close(self) -> None:
         """Reset the device and give everything back."""

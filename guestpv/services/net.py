@@ -44,10 +44,9 @@ class Pump:
         self._thread = threading.Thread(target=self._run, name="guestpv-pump", daemon=True)
 
     def _describe(self, buffers: Any, slab: Slab) -> None:
-        bus = ffi.from_buffer("uint64_t[]", slab.bus)
-        self._keep.append(bus)
-        buffers.memory = ffi.cast("uint8_t *", slab.memory.pointer)
-        buffers.bus, buffers.stride, buffers.count = bus, slab.stride, slab.count
+        memory, bus = (ffi.from_buffer("uint64_t[]", array) for array in (slab.pointers, slab.bus))
+        self._keep += [memory, bus]
+        buffers.memory, buffers.bus, buffers.size, buffers.count = memory, bus, slab.size, len(slab)
 
     def _run(self) -> None:
         self._result = lib.gpv_pump_run(self._pump)

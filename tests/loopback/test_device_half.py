@@ -120,19 +120,6 @@ def test_reset_that_never_ends_has_a_limit() -> None:
     transport.close()
 
 
-def test_held_completion_times_out_then_arrives(clean: list[SoftwareFunction]) -> None:
-    with guestpv.open("loopback:rng") as transport, Rng(transport) as rng:
-        function = device_of(transport)
-        clean.append(function)
-        function.device.hold = True
-        with pytest.raises(TimeLimit):
-            rng.read(4, timeout=0.05)
-        function.device.hold = False
-        function.device.release()
-        assert [length for _, length in rng.queue.completions()] == [4]
-        assert len(rng.read(4)) == 4
-
-
 @pytest.mark.requirement("DRV-FEAT-05", "DRV-FEAT-07", "DRV-FEAT-14", "DRV-FEAT-29")
 def test_unknown_features_are_left_alone(clean: list[SoftwareFunction]) -> None:
     with guestpv.open("loopback:rng?offer=44,+100,+127,+3") as transport, Rng(transport) as rng:
