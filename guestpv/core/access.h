@@ -12,11 +12,17 @@
 #include "model.h"
 #else
 
+#include <stdint.h>
+
 #include "barrier.h"
+
+struct gpv_queue;
 
 #define GPV_SHARED(type) type
 
 #ifdef GPV_OBSERVING
+#include "observe.h"
+void gpv_observe(struct gpv_queue *q, int32_t what, const volatile void *where, uint32_t width, uint64_t value);
 #define GPV_SEE(q, what, p, v) gpv_observe((q), (what), (p), sizeof *(p), (uint64_t)(v))
 #define GPV_SEE_FENCE(q) gpv_observe((q), GPV_SAW_FENCE, 0, 0, 0)
 #else

@@ -10,24 +10,33 @@ from cffi import FFI
 HERE = Path(__file__).resolve().parent
 WARNINGS = ["-Wall", "-Wextra", "-Wshadow", "-Wno-unused-parameter"]
 
-PYTHON_KICK = """
+FROM_C = """
 extern "Python" int32_t gpv_python_kick(void *user, uint32_t value);
 """
 """What a kick of kind GPV_KICK_CALL calls to tell Python."""
 
+OBSERVING = """
+enum gpv_saw { GPV_SAW_LOAD, GPV_SAW_LOAD_ACQUIRE, GPV_SAW_STORE, GPV_SAW_STORE_RELEASE, GPV_SAW_FENCE };
+struct gpv_access { int32_t what; uint32_t width; uint64_t address; uint64_t value; };
+void gpv_hook_set(struct gpv_queue *q, void (*hook)(void *user, const struct gpv_access *access), void *user);
+extern "Python" void gpv_python_access(void *user, const struct gpv_access *access);
+"""
+"""What the observing build has more: a hook before each access to shared memory."""
 
-def make(module: str, macros: list[tuple[str, str | None]]) -> FFI:
+
+def make(module: str, *, observing: bool = False) -> FFI:
     """The cffi builder of the core. Every ``X.cdef.h`` is declared to cffi and has a header ``X.h``."""
     builder = FFI()
     declared = sorted(HERE.glob("*.cdef.h"))
-    builder.cdef("".join(path.read_text() for path in declared) + PYTHON_KICK)
+    headers = [path.name.removesuffix(".cdef.h") for path in declared] + ["observe"] * observing
+    builder.cdef("".join(path.read_text() for path in declared) + FROM_C + OBSERVING * observing)
     builder.set_source(
         module,
-        "".join(f'#include "{path.name.removesuffix(".cdef.h")}.h"\n' for path in declared),
-        sources=[os.path.relpath(path) for path in sorted(HERE.glob("*.c")) if path.name != "_core.c"],
+        "".join(f'#include "{name}.h"\n' for name in headers),
+        sources=[os.path.relpath(path) for path in sorted(HERE.glob("*.c")) if not path.name.startswith("_")],
         include_dirs=[str(HERE)],
         depends=[str(path) for path in sorted(HERE.glob("*.h"))],
-        define_macros=macros,
+        define_macros=[("GPV_OBSERVING", "1")] * observing,
         extra_compile_args=["-std=gnu11", "-O2", *WARNINGS],
         libraries=["pthread"],
         py_limited_api=True,
@@ -35,4 +44,5 @@ def make(module: str, macros: list[tuple[str, str | None]]) -> FFI:
     return builder
 
 
-ffibuilder = make("guestpv.core._core", [])
+ffibuilder = make("guestpv.core._core")
+observing = make("guestpv.core._observing", observing=True)

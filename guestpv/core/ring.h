@@ -120,10 +120,6 @@ struct gpv_queue {
 #endif
 };
 
-#ifdef GPV_OBSERVING
-void gpv_observe(struct gpv_queue *q, int32_t what, const volatile void *where, uint32_t width, uint64_t value);
-#endif
-
 /* Three little-endian fields of 4, 2 and 2 bytes as one word. */
 static inline uint64_t gpv_word(uint32_t low, uint32_t middle, uint32_t high)
 {

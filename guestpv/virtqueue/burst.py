@@ -5,12 +5,9 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from guestpv.core._core import ffi, lib
 from guestpv.errors import UsageError
 
 from .queue import Virtqueue
-
-_submit, _reap = lib.gpv_burst_submit, lib.gpv_burst_reap
 
 
 class Burst:
@@ -38,6 +35,8 @@ class Burst:
     __slots__ = (
         "_burst",
         "_queue",
+        "_reap",
+        "_submit",
         "addresses",
         "lengths",
         "slots",
@@ -57,6 +56,8 @@ class Burst:
         self.slots: NDArray[np.uint32] = np.zeros(capacity, np.uint32)
         self.used_slots: NDArray[np.uint32] = np.zeros(queue.size, np.uint32)
         self.used_lengths: NDArray[np.uint32] = np.zeros(queue.size, np.uint32)
+        ffi = queue._ffi
+        self._submit, self._reap = queue._lib.gpv_burst_submit, queue._lib.gpv_burst_reap
         self._burst = ffi.new("struct gpv_burst *")
         self._burst.queue = queue.handle
         self._burst.addresses = ffi.from_buffer("uint64_t *", self.addresses)
@@ -79,7 +80,7 @@ class Burst:
         Raises:
             DeviceViolation, UsageError: as ``Virtqueue.add_burst`` and ``publish``.
         """
-        added: int = _submit(self._burst, count)
+        added: int = self._submit(self._burst, count)
         if added < 0:
             self._queue._fail(added)
         return added
@@ -90,7 +91,7 @@ class Burst:
         Raises:
             DeviceViolation: as ``Virtqueue.reap_burst``.
         """
-        got: int = _reap(self._burst)
+        got: int = self._reap(self._burst)
         if got < 0:
             self._queue._fail(got)
         return got

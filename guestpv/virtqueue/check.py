@@ -13,7 +13,6 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from guestpv.core._core import lib
 from guestpv.errors import DeviceViolation, GuestpvError
 from guestpv.memory import DmaBuffer
 from guestpv.spec import features as f
@@ -144,7 +143,7 @@ class CheckedVirtqueue(Virtqueue):
                 self._intruded(f"the indirect table of buffer {slot}", "2.7.5.3", "DEV-SPLIT-26")
 
     def _check_split(self, rings: SplitRings) -> None:
-        published = lib.gpv_turns(self.handle) % 0x10000
+        published = self._lib.gpv_turns(self.handle) % 0x10000
         idx, flags = int(rings.avail["idx"]), int(rings.avail["flags"])
         if idx != published:
             raise InvariantBroken(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from guestpv.core._core import ffi, lib
@@ -34,7 +35,6 @@ class Kick:
         self.target = target
         self.value = value
         self.error: BaseException | None = None
-        self._handle = ffi.new_handle(self)
 
     @classmethod
     def mmio(cls, pointer: int, width: int, value: int | None = None) -> Kick:
@@ -60,18 +60,26 @@ class Kick:
         """No notification at all: a device that polls."""
         return cls(lib.GPV_KICK_NONE)
 
-    def fill(self, kick: Any, index: int) -> None:
-        """Write this kick to a ``struct gpv_kick`` of virtqueue ``index``. This object must outlive it."""
+    def fill(self, kick: Any, index: int, ffi: Any, lib: Any) -> object:
+        """Write this kick to a ``struct gpv_kick`` of virtqueue ``index``.
+
+        Args:
+            kick: the struct, of the core module that ``ffi`` and ``lib`` belong to.
+
+        Returns:
+            What has to live as long as the struct is used.
+        """
+        handle = ffi.new_handle(self)
         kick.kind = self.kind
         kick.fd = self.fd
         kick.doorbell = ffi.cast("void *", self.pointer)
         kick.value = index if self.value is None else self.value
         kick.call = lib.gpv_python_kick
-        kick.user = self._handle
+        kick.user = handle
+        return handle
 
 
-@ffi.def_extern(error=-1)  # type: ignore[untyped-decorator]
-def gpv_python_kick(user: Any, value: int) -> int:
+def run(ffi: Any, user: Any, value: int) -> int:
     """The C core's way into Python; an exception cannot cross C, so it waits in the kick."""
     kick: Kick = ffi.from_handle(user)
     assert kick.target is not None
@@ -81,3 +89,6 @@ def gpv_python_kick(user: Any, value: int) -> int:
         kick.error = error
         return -1
     return 0
+
+
+ffi.def_extern("gpv_python_kick", error=-1)(partial(run, ffi))

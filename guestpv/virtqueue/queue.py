@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any, ClassVar, NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
@@ -73,6 +73,9 @@ class Virtqueue:
         ValueError: the format does not allow this size.
     """
 
+    _ffi: ClassVar[Any] = ffi
+    _lib: ClassVar[Any] = lib
+
     def __init__(
         self,
         index: int,
@@ -92,7 +95,7 @@ class Virtqueue:
         self.name = name or f"queue {index}"
         self.interrupt_fd = interrupt_fd
         self.acknowledge = acknowledge
-        self.handle: Any = ffi.NULL
+        self.handle: Any = self._ffi.NULL
         self._pool = pool
         self._kick = kick
         self._indirect_entries = indirect_entries
@@ -111,32 +114,32 @@ class Virtqueue:
         areas = (self.layout.desc, self.layout.driver, self.layout.device)
         self.addresses = RingAddresses(*(memory[area.offset : area.end].address for area in areas))
         self.rings: SplitRings | PackedRings = ring_views(memory.array, self.layout)
-        config = ffi.new("struct gpv_queue_config *")
+        config = self._ffi.new("struct gpv_queue_config *")
         config.size = size
         for bit, option in OPTIONS.items():
             config.options |= option if self.features >> bit & 1 else 0
         config.desc, config.driver, config.device = (
-            ffi.cast("void *", memory.pointer + area.offset) for area in areas
+            self._ffi.cast("void *", memory.pointer + area.offset) for area in areas
         )
-        self._kick.fill(config.kick, self.index)
+        self._keep = self._kick.fill(config.kick, self.index, self._ffi, self._lib)
         if self.features >> f.F_INDIRECT_DESC & 1:
             config.table_entries = min(size, self._indirect_entries)
             config.table_count = min(size, MAX_TABLES)
             tables = self._pool.allocate(config.table_count * config.table_entries * DESC_BYTES)
             self._buffers.append(tables)
-            config.tables = ffi.cast("void *", tables.pointer)
+            config.tables = self._ffi.cast("void *", tables.pointer)
             config.tables_bus = tables.address
-        self.handle = lib.gpv_queue_new(config)
-        if self.handle == ffi.NULL:
+        self.handle = self._lib.gpv_queue_new(config)
+        if self.handle == self._ffi.NULL:
             raise MemoryError(f"{self.name}: no memory for the shadow of {size} entries")
-        self._segments = ffi.new("struct gpv_segment[]", size)
+        self._segments = self._ffi.new("struct gpv_segment[]", size)
         self._ids: NDArray[np.uint32] = np.zeros(size, np.uint32)
         self._lengths: NDArray[np.uint32] = np.zeros(size, np.uint32)
-        self._id_pointer = ffi.from_buffer("uint32_t *", self._ids)
-        self._length_pointer = ffi.from_buffer("uint32_t *", self._lengths)
-        self._one = ffi.new("uint32_t[2]")
+        self._id_pointer = self._ffi.from_buffer("uint32_t *", self._ids)
+        self._length_pointer = self._ffi.from_buffer("uint32_t *", self._lengths)
+        self._one = self._ffi.new("uint32_t[2]")
         self._one_length = self._one + 1
-        self._one_cookie = ffi.new("uint64_t *")
+        self._one_cookie = self._ffi.new("uint64_t *")
 
     def __repr__(self) -> str:
         kind = "packed" if self.packed else "split"
@@ -160,24 +163,24 @@ class Virtqueue:
     @property
     def free_slots(self) -> int:
         """Free descriptors."""
-        return int(lib.gpv_free_slots(self.handle))
+        return int(self._lib.gpv_free_slots(self.handle))
 
     @property
     def outstanding(self) -> int:
         """Buffers added and not come back."""
-        return int(lib.gpv_outstanding(self.handle))
+        return int(self._lib.gpv_outstanding(self.handle))
 
     @property
     def kicks(self) -> int:
         """Notifications sent so far."""
-        return int(lib.gpv_kicks(self.handle))
+        return int(self._lib.gpv_kicks(self.handle))
 
     def _fail(self, code: int) -> NoReturn:
         if code == lib.GPV_ECLOSED:
             raise UsageError("the virtqueue is closed", where=self.name)
         if code == lib.GPV_EBROKEN:
-            violation = ffi.new("struct gpv_violation *")
-            lib.gpv_violation_get(self.handle, violation)
+            violation = self._ffi.new("struct gpv_violation *")
+            self._lib.gpv_violation_get(self.handle, violation)
             raise device_violation(violation, self.packed, self.name)
         if code == lib.GPV_EFULL:
             raise QueueFull(
@@ -208,7 +211,7 @@ class Virtqueue:
         """Make the calling thread the owner. The former owner must not use the queue any more."""
         if not self.handle:
             self._fail(lib.GPV_ECLOSED)
-        lib.gpv_queue_own(self.handle)
+        self._lib.gpv_queue_own(self.handle)
 
     def add(
         self, readable: Sequence[DmaBuffer] = (), writable: Sequence[DmaBuffer] = (), cookie: object = None
@@ -242,7 +245,7 @@ class Virtqueue:
         except IndexError:
             self._fail(lib.GPV_ECHAIN)
         serial = self._serial + 1
-        slot: int = lib.gpv_add(self.handle, segments, border, count - border, serial)
+        slot: int = self._lib.gpv_add(self.handle, segments, border, count - border, serial)
         if slot < 0:
             self._fail(slot)
         self._serial = serial
@@ -285,15 +288,15 @@ class Virtqueue:
             )
         count, elements = addresses.shape
         ids = np.empty(count, np.uint32)
-        done: int = lib.gpv_add_burst(
+        done: int = self._lib.gpv_add_burst(
             self.handle,
-            ffi.from_buffer("uint64_t *", addresses),
-            ffi.from_buffer("uint32_t *", lengths),
+            self._ffi.from_buffer("uint64_t *", addresses),
+            self._ffi.from_buffer("uint32_t *", lengths),
             count,
             elements,
             writable_from,
-            ffi.NULL,
-            ffi.from_buffer("uint32_t *", ids),
+            self._ffi.NULL,
+            self._ffi.from_buffer("uint32_t *", ids),
         )
         if done < 0:
             self._fail(done)
@@ -305,14 +308,14 @@ class Virtqueue:
         Returns:
             Whether the device was notified.
         """
-        result: int = lib.gpv_publish(self.handle)
+        result: int = self._lib.gpv_publish(self.handle)
         if result < 0:
             self._fail(result)
         return result > 0
 
     def notify(self) -> None:
         """Notify the device whether it asks for it or not; it has to cope (DEV-SPLIT-22)."""
-        result: int = lib.gpv_notify(self.handle)
+        result: int = self._lib.gpv_notify(self.handle)
         if result < 0:
             self._fail(result)
 
@@ -325,7 +328,7 @@ class Virtqueue:
             DeviceViolation: the device broke the standard; the queue takes no more buffers.
         """
         while True:
-            got: int = lib.gpv_reap(self.handle, self._one, self._one_length, self._one_cookie, 1)
+            got: int = self._lib.gpv_reap(self.handle, self._one, self._one_length, self._one_cookie, 1)
             if got <= 0:
                 if got < 0:
                     self._fail(got)
@@ -342,21 +345,23 @@ class Virtqueue:
         Raises:
             DeviceViolation: as for ``completions``.
         """
-        got: int = lib.gpv_reap(self.handle, self._id_pointer, self._length_pointer, ffi.NULL, self.size)
+        got: int = self._lib.gpv_reap(
+            self.handle, self._id_pointer, self._length_pointer, self._ffi.NULL, self.size
+        )
         if got < 0:
             self._fail(got)
         return self._ids[:got].copy(), self._lengths[:got].copy()
 
     def pending(self) -> bool:
         """Whether used buffers wait to be taken."""
-        result: int = lib.gpv_pending(self.handle)
+        result: int = self._lib.gpv_pending(self.handle)
         if result < 0:
             self._fail(result)
         return result > 0
 
     def disable_interrupts(self) -> None:
         """Advise the device to send no used buffer notifications (2.7.7, 2.8.10)."""
-        result: int = lib.gpv_disarm(self.handle)
+        result: int = self._lib.gpv_disarm(self.handle)
         if result < 0:
             self._fail(result)
 
@@ -366,7 +371,7 @@ class Virtqueue:
         Returns:
             True: completions are pending already and may not be notified.
         """
-        result: int = lib.gpv_arm(self.handle)
+        result: int = self._lib.gpv_arm(self.handle)
         if result < 0:
             self._fail(result)
         return result > 0
@@ -385,7 +390,7 @@ class Virtqueue:
         deadline = None if timeout is None else time.monotonic_ns() + int(timeout * 1e9)
         while True:
             left = -1 if deadline is None else max(0, deadline - time.monotonic_ns())
-            result: int = lib.gpv_wait(self.handle, fd, left, spin)
+            result: int = self._lib.gpv_wait(self.handle, fd, left, spin)
             if result == lib.GPV_WOKEN:
                 if self.acknowledge is not None:
                     self.acknowledge()
@@ -412,7 +417,7 @@ class Virtqueue:
 
     def clear_interrupt(self) -> bool:
         """Read the eventfd without blocking (and acknowledge INTx). Returns whether it had fired."""
-        fired = bool(lib.gpv_interrupt_clear(self.fileno()))
+        fired = bool(self._lib.gpv_interrupt_clear(self.fileno()))
         if fired and self.acknowledge is not None:
             self.acknowledge()
         return fired
@@ -428,9 +433,9 @@ class Virtqueue:
         """
         if not self.handle:
             self._fail(lib.GPV_ECLOSED)
-        ids = ffi.new("uint32_t[]", self.size)
-        serials = ffi.new("uint64_t[]", self.size)
-        count = lib.gpv_drain(self.handle, ids, serials)
+        ids = self._ffi.new("uint32_t[]", self.size)
+        serials = self._ffi.new("uint64_t[]", self.size)
+        count = self._lib.gpv_drain(self.handle, ids, serials)
         tokens = [serials[i] << SLOT_BITS | ids[i] for i in range(count)]
         self._cookies = {token: self._cookies[token] for token in tokens if token in self._cookies}
         return tokens
@@ -461,9 +466,9 @@ class Virtqueue:
         """Give the ring memory back. Only after the device or the queue was reset."""
         if self.handle:
             for burst in self._bursts:
-                burst.queue = ffi.NULL
+                burst.queue = self._ffi.NULL
             self._bursts.clear()
-            lib.gpv_queue_free(self.handle)
-            self.handle = ffi.NULL
+            self._lib.gpv_queue_free(self.handle)
+            self.handle = self._ffi.NULL
         while self._buffers:
             self._pool.free(self._buffers.pop())

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from guestpv.core._core import lib
 from guestpv.errors import UsageError
 from guestpv.spec.ring import DESC_F_NEXT, PACKED_DESC_F_AVAIL, PACKED_DESC_F_USED
 
@@ -27,11 +26,11 @@ class _Raw:
 
     def fence(self) -> None:
         """Everything written so far is visible to the device before anything written or read later."""
-        lib.gpv_fence()
+        self.queue._lib.gpv_fence()
 
     def notify(self, value: int | None = None) -> None:
         """Send an available buffer notification with this value (default: the queue's index), unasked for."""
-        lib.gpv_notify_value(self.queue.handle, self.queue.index if value is None else value)
+        self.queue._lib.gpv_notify_value(self.queue.handle, self.queue.index if value is None else value)
 
 
 class RawSplit(_Raw):

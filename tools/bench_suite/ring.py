@@ -15,7 +15,7 @@ from typing import Any
 
 import cffi
 import numpy as np
-from guestpv.core._core import ffi, lib
+from guestpv.core._core import lib
 
 from guestpv.memory import DmaPool
 from guestpv.spec import features as f
@@ -60,13 +60,14 @@ class StubKick(Kick):
         self.module = module
         self.device = module.ffi.new("struct device *")
 
-    def fill(self, kick: Any, index: int) -> None:
-        super().fill(kick, index)
+    def fill(self, kick: Any, index: int, ffi: Any, lib: Any) -> object:
+        keep = super().fill(kick, index, ffi, lib)
         address = int(
             self.module.ffi.cast("uintptr_t", self.module.ffi.addressof(self.module.lib, "use_all"))
         )
         kick.call = ffi.cast("int32_t (*)(void *, uint32_t)", address)
         kick.user = ffi.cast("void *", int(self.module.ffi.cast("uintptr_t", self.device)))
+        return keep
 
 
 class Subject:
