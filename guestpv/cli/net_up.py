@@ -87,8 +87,11 @@ def up(
         force=force,
     )
     if detach:
-        data = run_detached(lambda ready: in_background(wishes, ready))
-        report.done(data, lambda: show(data, f"Up in the background, process {data['pid']}."))
+
+        def is_up(data: dict[str, Any]) -> None:
+            report.done(data, lambda: show(data, f"Up in the background, process {data['pid']}."))
+
+        run_detached(lambda ready: in_background(wishes, ready), is_up)
     else:
         in_foreground(Session, wishes, report)
 

@@ -21,16 +21,18 @@ from ..services.dhcp import Settings
 from ..services.net import NetService
 from ..services.resolver import Resolver
 from ..spec import features as feat
+from ..system import SYSTEM
 from ..transport.base import FeatureFilter
 from ..vfio.binding import bind, unbind
 from ..vfio.lock import runtime_directory
-from ..vfio.survey import Function, look_up, survey
+from ..vfio.survey import DEVICES, Function, look_up, survey
 from .signals import Stop
 
 TICK: Final = 1.0
 """Seconds between looks at lease and counters while the link is up."""
 SETTLING_TICK: Final = 0.05
 """The same while an address is awaited."""
+UNPLUG_TIME_LIMIT: Final = 3.0
 EVENTS_KEPT: Final = 50
 
 
@@ -167,11 +169,21 @@ class Session:
     def _give_back(self) -> None:
         try:
             unbind(self._function)
-        except UsageError as error:
-            # Nothing is left to give back once the function was unplugged.
-            self._say(f"{self._function} is gone: {error.message}")
+        except (GuestpvError, OSError):
+            if not self._unplugged():
+                raise
+            self._say(f"{self._function} is unplugged: there is nothing to give back")
             return
         self._say(f"{self._function} given back to {self._driver_after() or 'no driver'}")
+
+    def _unplugged(self) -> bool:
+        """Whether the function goes away: while the kernel removes it, its files fail in all kinds of ways."""
+        deadline = time.monotonic() + UNPLUG_TIME_LIMIT
+        while time.monotonic() < deadline:
+            if not SYSTEM.exists(f"{DEVICES}/{self._function}"):
+                return True
+            time.sleep(0.02)
+        return False
 
     def _driver_after(self) -> str | None:
         """The kernel driver that has the function now; None where it is none of the kernel's."""

@@ -258,11 +258,12 @@ class Detached(GuestpvError):
         self.exit_status = error["exit_status"]
 
 
-def detach(run: Callable[[Callable[[Data], None]], None]) -> Data:
-    """Fork, ``run(ready)`` in a session of its own, and return what it hands to ``ready`` once it is up.
+def detach(run: Callable[[Callable[[Data], None]], None], up: Callable[[Data], None]) -> None:
+    """Fork, ``run(ready)`` in a session of its own; ``up`` gets here what it hands to ``ready`` there.
 
     The fork comes before the work because neither threads nor DMA mappings survive one. Until ``ready`` is
-    called a SIGINT or SIGTERM to this process ends the other one, too, and is waited for.
+    called a SIGINT or SIGTERM to this process ends the other one, too, and is waited for; from then on it is
+    too late for that, and it changes nothing.
 
     Raises:
         Detached: it failed; nothing runs in the background.
@@ -279,7 +280,11 @@ def detach(run: Callable[[Callable[[Data], None]], None]) -> Data:
         os.close(reader)
         _background(run, writer)
 
+    message: Data = {}
+
     def forward(number: int, frame: FrameType | None) -> None:
+        if "ready" in message:
+            return
         with contextlib.suppress(ProcessLookupError):
             os.kill(child, signal.SIGTERM)
 
@@ -289,9 +294,10 @@ def detach(run: Callable[[Callable[[Data], None]], None]) -> Data:
     try:
         with os.fdopen(reader, "rb") as stream:
             line = stream.readline()
-        message = json.loads(line) if line else {}
+        message.update(json.loads(line) if line else {})
         if "ready" in message:
-            return dict(message["ready"])
+            up(message["ready"])
+            return
         _, status = os.waitpid(child, 0)
         if "error" in message:
             raise Detached(message["error"])

@@ -43,7 +43,7 @@ def assert_untouched(vm: Machine, address: str) -> None:
     assert driver(vm, address) == "virtio-pci"
     assert vm.run(f"cat /sys/bus/pci/devices/{address}/driver_override").stdout.strip() == "(null)"
     assert not {name for name in links(vm) if name.startswith("pv")}
-    assert vm.run("ls /run/guestpv | grep -E 'sock|json'").stdout == ""
+    assert vm.run(f"ls /run/guestpv | grep -E 'sock|{address}.json'").stdout == ""
     assert "guestpv" not in vm.run("cat /etc/resolv.conf").stdout
     assert vm.run("ls -l /proc/[0-9]*/fd 2>/dev/null | grep -E 'vfio|net/tun'").stdout == ""
 
@@ -167,6 +167,27 @@ def test_list_and_doctor_find_all_well(vm: Machine, net0: str) -> None:
     assert {check["verdict"] for check in checks} == {"ok"}
     lines = vm.run("guestpv list | cat").stdout.splitlines()
     assert any(line.split()[:4] == [net0, "net", "modern", "virtio-pci"] for line in lines)
+
+
+def test_the_fallback_dhcp_client(vm: Machine, net0: str) -> None:
+    gpv(vm, "net up --detach --no-address").check()
+    program = """
+import time
+from guestpv.services.addressing import Addressing, KernelLink
+from guestpv.services.dhcp import Udhcpc
+from guestpv.services.resolver import Resolver
+addressing = Addressing(KernelLink("pv0"), None, Resolver("pv0"), clients=(Udhcpc,))
+while not addressing.ready:
+    addressing.poll()
+    time.sleep(0.05)
+print(addressing.settings.address, addressing.settings.server)
+addressing.close()
+"""
+    assert vm.run(["python", "-c", program], timeout=60).check().stdout == "10.0.2.15/24 10.0.2.2\n"
+    assert "inet " not in vm.run("ip address show pv0").stdout
+    assert vm.run("ps | grep '[u]dhcpc'").stdout == ""
+    gpv(vm, "net down").check()
+    assert_untouched(vm, net0)
 
 
 # Bad input.

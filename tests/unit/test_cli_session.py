@@ -269,16 +269,34 @@ def test_a_function_that_is_wanted_back(world: World, event: str) -> None:
     assert world.log == UNDONE
 
 
-def test_a_function_that_was_unplugged_cannot_be_given_back(
+def failing_unbind(world: World, monkeypatch: pytest.MonkeyPatch, error: Exception, there: bool) -> None:
+    def fail(address: str) -> None:
+        real_unbind(address, system=world.kernel)
+        raise error
+
+    monkeypatch.setattr(module, "unbind", fail)
+    monkeypatch.setattr(module, "UNPLUG_TIME_LIMIT", 0.1)
+    monkeypatch.setattr(module, "SYSTEM", SimpleNamespace(exists=lambda path: there))
+
+
+@pytest.mark.parametrize(
+    "error",
+    [UsageError("no such PCI function"), OSError(19, "No such device"), GuestpvError("failed: ENODEV")],
+)
+def test_an_unplugged_function_cannot_be_given_back(
+    world: World, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    failing_unbind(world, monkeypatch, error, there=False)
+    told, _ = run()
+    assert told[-1] == f"{NET} is unplugged: there is nothing to give back"
+
+
+def test_a_function_that_is_there_and_cannot_be_given_back(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def gone(address: str) -> None:
-        real_unbind(address, system=world.kernel)
-        raise UsageError("no such PCI function")
-
-    monkeypatch.setattr(module, "unbind", gone)
-    told, _ = run()
-    assert told[-1] == f"{NET} is gone: no such PCI function"
+    failing_unbind(world, monkeypatch, TimeLimit("no kernel driver took the function back"), there=True)
+    with pytest.raises(TimeLimit, match="no kernel driver took the function back"):
+        run()
 
 
 def test_link_events_are_told_and_kept(world: World) -> None:

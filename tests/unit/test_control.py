@@ -17,7 +17,7 @@ import pytest
 
 from guestpv.errors import GuestpvError, Refused, TimeLimit, UsageError
 from guestpv.services import control
-from guestpv.services.control import ControlServer, Detached, ask, detach, endpoints, find
+from guestpv.services.control import ControlServer, Detached, ask, endpoints, find
 
 
 @pytest.fixture
@@ -177,6 +177,21 @@ def test_no_answer_in_time(server: ControlServer) -> None:
 # In the background.
 
 
+Ready = Callable[[dict[str, Any]], None]
+
+
+def detach(run: Callable[[Ready], None], meanwhile: Callable[[], None] = lambda: None) -> dict[str, Any]:
+    """What came up in the background."""
+    came: list[dict[str, Any]] = []
+
+    def up(data: dict[str, Any]) -> None:
+        meanwhile()
+        came.append(data)
+
+    control.detach(run, up)
+    return came[0]
+
+
 def gone(pid: int) -> bool:
     try:
         os.kill(pid, 0)
@@ -190,7 +205,7 @@ def test_detach_returns_what_is_up(tmp_path: Path) -> None:
     release = tmp_path / "release"
     os.mkfifo(release)
 
-    def run(ready: Callable[[dict[str, Any]], None]) -> None:
+    def run(ready: Ready) -> None:
         ready({"pid": os.getpid(), "session": os.getsid(0), "cwd": os.getcwd()})
         release.read_text()
 
@@ -204,7 +219,7 @@ def test_detach_returns_what_is_up(tmp_path: Path) -> None:
 
 
 def test_detach_passes_the_error_on() -> None:
-    def run(ready: Callable[[dict[str, Any]], None]) -> None:
+    def run(ready: Ready) -> None:
         raise Refused("in use", where="0000:01:00.0", hint="--force")
 
     with pytest.raises(Detached) as caught:
@@ -215,7 +230,7 @@ def test_detach_passes_the_error_on() -> None:
 
 
 def test_detach_passes_a_defect_on() -> None:
-    def run(ready: Callable[[dict[str, Any]], None]) -> None:
+    def run(ready: Ready) -> None:
         raise ZeroDivisionError("oops")
 
     with pytest.raises(Detached, match="ZeroDivisionError: oops"):
@@ -223,7 +238,7 @@ def test_detach_passes_a_defect_on() -> None:
 
 
 def test_a_background_process_that_dies_is_noticed() -> None:
-    def run(ready: Callable[[dict[str, Any]], None]) -> None:
+    def run(ready: Ready) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
     with pytest.raises(GuestpvError, match="ended before it was up"):
@@ -232,7 +247,7 @@ def test_a_background_process_that_dies_is_noticed() -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_while_waiting_ends_the_other_process_first(number: signal.Signals) -> None:
-    def run(ready: Callable[[dict[str, Any]], None]) -> None:
+    def run(ready: Ready) -> None:
         came: list[int] = []
         signal.signal(signal.SIGTERM, lambda number, frame: came.append(number))
         os.kill(os.getppid(), number)
@@ -248,7 +263,7 @@ def test_a_signal_while_waiting_ends_the_other_process_first(number: signal.Sign
 def test_what_goes_wrong_later_is_logged(tmp_path: Path) -> None:
     log = tmp_path / "log"
 
-    def run(ready: Callable[[dict[str, Any]], None]) -> None:
+    def run(ready: Ready) -> None:
         descriptor = os.open(log, os.O_WRONLY | os.O_CREAT)
         os.dup2(descriptor, 2)
         ready({"pid": os.getpid()})
@@ -257,3 +272,18 @@ def test_what_goes_wrong_later_is_logged(tmp_path: Path) -> None:
     pid = detach(run)["pid"]
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 3
     assert json.loads(log.read_text())["error"]["message"] == "later"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_once_it_is_up_changes_nothing(tmp_path: Path, number: signal.Signals) -> None:
+    release = tmp_path / "release"
+    os.mkfifo(release)
+
+    def run(ready: Ready) -> None:
+        ready({"pid": os.getpid()})
+        release.read_text()
+
+    pid = detach(run, lambda: signal.raise_signal(number))["pid"]
+    assert not gone(pid)
+    release.write_text("")
+    assert os.waitpid(pid, 0) == (pid, 0)
