@@ -37,8 +37,7 @@ def make(module: str, *, observing: bool = False) -> FFI:
         include_dirs=[str(HERE)],
         depends=[str(path) for path in sorted(HERE.glob("*.h"))],
         define_macros=[("GPV_OBSERVING", "1")] * observing,
-        extra_compile_args=["-std=gnu11", "-O2", *WARNINGS],
-        libraries=["pthread"],
+        extra_compile_args=["-std=gnu11", "-O2", "-fvisibility=hidden", *WARNINGS],
         py_limited_api=True,
     )
     return builder

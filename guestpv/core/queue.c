@@ -1,16 +1,20 @@
 /* One queue over both formats: life, ownership, dispatch. The formats are in split.c and packed.c. */
 #include "ring.h"
 
-#include <pthread.h>
 #include <stdlib.h>
 #include <string.h>
+
+static inline uintptr_t this_thread(void)
+{
+    return (uintptr_t)__builtin_thread_pointer(); /* what pthread_self returns, without the call */
+}
 
 /* Every entry that uses the queue: it is there, and the caller's. */
 #define ENTER(q)                                      \
     do {                                              \
         if (!(q))                                     \
             return GPV_ECLOSED;                       \
-        if ((q)->owner != (uintptr_t)pthread_self())  \
+        if ((q)->owner != this_thread())  \
             return GPV_ETHREAD;                       \
     } while (0)
 
@@ -129,7 +133,7 @@ void gpv_queue_free(struct gpv_queue *q)
 
 void gpv_queue_own(struct gpv_queue *q)
 {
-    q->owner = (uintptr_t)pthread_self();
+    q->owner = this_thread();
 }
 
 int32_t gpv_add(struct gpv_queue *q, const struct gpv_segment *segments, uint32_t readable, uint32_t writable,

@@ -5,9 +5,12 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from guestpv.core._core import ffi, lib
 from guestpv.errors import UsageError
 
 from .queue import Virtqueue
+
+_submit, _reap = lib.gpv_burst_submit, lib.gpv_burst_reap
 
 
 class Burst:
@@ -29,14 +32,12 @@ class Burst:
         used_slots, used_lengths: what the last reap returned, uint32, (queue size,).
 
     Raises:
-        UsageError: the shape makes no sense for the queue.
+        UsageError: the shape makes no sense for the queue, or the queue is an observed one.
     """
 
     __slots__ = (
         "_burst",
         "_queue",
-        "_reap",
-        "_submit",
         "addresses",
         "lengths",
         "slots",
@@ -50,14 +51,14 @@ class Burst:
                 f"a burst of {capacity} buffers of {elements} elements, writable from {writable_from}",
                 where=queue.name,
             )
+        if queue._lib is not lib:
+            raise UsageError("bursts run on the ordinary build of the core only", where=queue.name)
         self._queue = queue
         self.addresses: NDArray[np.uint64] = np.zeros((capacity, elements), np.uint64)
         self.lengths: NDArray[np.uint32] = np.zeros((capacity, elements), np.uint32)
         self.slots: NDArray[np.uint32] = np.zeros(capacity, np.uint32)
         self.used_slots: NDArray[np.uint32] = np.zeros(queue.size, np.uint32)
         self.used_lengths: NDArray[np.uint32] = np.zeros(queue.size, np.uint32)
-        ffi = queue._ffi
-        self._submit, self._reap = queue._lib.gpv_burst_submit, queue._lib.gpv_burst_reap
         self._burst = ffi.new("struct gpv_burst *")
         self._burst.queue = queue.handle
         self._burst.addresses = ffi.from_buffer("uint64_t *", self.addresses)
@@ -80,7 +81,7 @@ class Burst:
         Raises:
             DeviceViolation, UsageError: as ``Virtqueue.add_burst`` and ``publish``.
         """
-        added: int = self._submit(self._burst, count)
+        added: int = _submit(self._burst, count)
         if added < 0:
             self._queue._fail(added)
         return added
@@ -91,7 +92,7 @@ class Burst:
         Raises:
             DeviceViolation: as ``Virtqueue.reap_burst``.
         """
-        got: int = self._reap(self._burst)
+        got: int = _reap(self._burst)
         if got < 0:
             self._queue._fail(got)
         return got

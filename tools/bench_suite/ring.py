@@ -110,7 +110,7 @@ class Subject:
             reap()
         spent = time.perf_counter_ns() - begin
         assert self.queue.outstanding == 0
-        return spent / rounds / count
+        return (spent / rounds - empty_loop(rounds)) / count
 
     def stub_share(self, rounds: int) -> float:
         """Nanoseconds per buffer that the stub itself takes."""
