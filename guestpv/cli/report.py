@@ -57,11 +57,6 @@ class Report:
             click.echo(text)
             sys.stdout.flush()
 
-    def detail(self, text: str) -> None:
-        """Like ``say``, but only with ``-v``."""
-        if self.verbose:
-            self.say(text)
-
     def failed(self, error: GuestpvError, data: Any = None) -> None:
         """Report an error: JSON on standard output, or text on standard error."""
         if self.as_json:

@@ -177,7 +177,7 @@ class Session:
         self._say(f"{self._function} given back to {self._driver_after() or 'no driver'}")
 
     def _unplugged(self) -> bool:
-        """Whether the function goes away: while the kernel removes it, its files fail in all kinds of ways."""
+        """Whether it goes away: while the kernel removes it, its files fail in all kinds of ways."""
         deadline = time.monotonic() + UNPLUG_TIME_LIMIT
         while time.monotonic() < deadline:
             if not SYSTEM.exists(f"{DEVICES}/{self._function}"):

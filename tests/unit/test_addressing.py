@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import os
 import re
 import stat
@@ -12,13 +13,15 @@ import textwrap
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from pyroute2.netlink.exceptions import NetlinkError
 
 from guestpv.errors import AccessDenied, GuestpvError, TimeLimit, UsageError
 from guestpv.services import dhcp
-from guestpv.services.addressing import DHCP_TIME_LIMIT, Addressing, static
+from guestpv.services.addressing import DHCP_TIME_LIMIT, Addressing, KernelLink, static
 from guestpv.services.dhcp import LibraryClient, Settings, Udhcpc, settings_of, with_prefix
 from guestpv.services.resolver import Resolver
 
@@ -188,6 +191,96 @@ def test_name_servers_that_cannot_be_set_are_no_reason_to_stop(link: FakeLink, t
     assert events[0] == "address 10.0.2.15/24"
     assert "name servers 10.0.2.3 not set" in events[1]
     assert addressing.ready
+
+
+# The kernel's links.
+
+
+class FakeNetlink:
+    """pyroute2's IPRoute on a machine whose only link is pv0."""
+
+    calls: list[tuple[Any, ...]]
+    error: int | None
+
+    def __enter__(self) -> FakeNetlink:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def link_lookup(self, ifname: str) -> list[int]:
+        return [7] if ifname == "pv0" else []
+
+    def get_links(self, index: int) -> list[Any]:
+        return [SimpleNamespace(get_attr=lambda name: 1500)]
+
+    def call(self, kind: str, command: str, **values: Any) -> None:
+        if self.error is not None:
+            raise NetlinkError(self.error, "refused")
+        self.calls.append((kind, command, values))
+
+    def addr(self, command: str, **values: Any) -> None:
+        self.call("addr", command, **values)
+
+    def link(self, command: str, **values: Any) -> None:
+        self.call("link", command, **values)
+
+    def route(self, command: str, **values: Any) -> None:
+        self.call("route", command, **values)
+
+
+@pytest.fixture
+def netlink(monkeypatch: pytest.MonkeyPatch) -> type[FakeNetlink]:
+    fresh = type("Netlink", (FakeNetlink,), {"calls": [], "error": None})
+    monkeypatch.setattr("pyroute2.IPRoute", fresh)
+    return fresh
+
+
+ADDRESS = {"index": 7, "address": "10.0.2.15", "prefixlen": 24}
+ROUTE = {"dst": "default", "gateway": "10.0.2.2", "oif": 7, "priority": 1024}
+
+
+def test_a_link_is_configured_and_deconfigured(netlink: type[FakeNetlink]) -> None:
+    settings = Settings("10.0.2.15/24", gateway="10.0.2.2", mtu=1400)
+    KernelLink("pv0").configure(settings)
+    KernelLink("pv0").deconfigure(settings)
+    assert netlink.calls == [
+        ("addr", "replace", ADDRESS),
+        ("link", "set", {"index": 7, "mtu": 1400}),
+        ("route", "replace", ROUTE),
+        ("addr", "del", ADDRESS),
+    ]
+
+
+@pytest.mark.parametrize("mtu", [None, 1500, 9000, 500])
+def test_no_other_mtu_is_taken(netlink: type[FakeNetlink], mtu: int | None) -> None:
+    KernelLink("pv0").configure(Settings("10.0.2.15/24", mtu=mtu))
+    assert netlink.calls == [("addr", "replace", ADDRESS)]
+
+
+def test_a_gateway_outside_the_network_is_on_the_link(netlink: type[FakeNetlink]) -> None:
+    KernelLink("pv0").configure(Settings("10.0.2.15/24", gateway="10.9.9.9"))
+    assert netlink.calls[-1] == ("route", "replace", ROUTE | {"gateway": "10.9.9.9", "flags": ["onlink"]})
+
+
+def test_a_kernel_that_refuses_is_quoted(netlink: type[FakeNetlink]) -> None:
+    netlink.error = errno.EINVAL
+    with pytest.raises(
+        GuestpvError, match=r"does not take 10\.0\.2\.15/24 with gateway 10\.0\.2\.2: .*refused"
+    ):
+        KernelLink("pv0").configure(Settings("10.0.2.15/24", gateway="10.0.2.2"))
+    with pytest.raises(NetlinkError):
+        KernelLink("pv0").deconfigure(LEASE)
+    netlink.error = errno.EADDRNOTAVAIL
+    KernelLink("pv0").deconfigure(LEASE)
+
+
+def test_a_link_that_is_gone(netlink: type[FakeNetlink]) -> None:
+    with pytest.raises(GuestpvError, match="no such link any more"):
+        KernelLink("pv9").configure(LEASE)
+    KernelLink("pv9").deconfigure(LEASE)
+    assert netlink.calls == []
+    assert not KernelLink("pv9").has_carrier()
 
 
 # What a server sends.
