@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import select
 import socket
 import time
 from collections.abc import Callable, Sequence
@@ -135,11 +136,14 @@ class _Doorbell:
         """Note the address of the doorbell and wait until QEMU has all eventfds."""
         self.address = bar.address + IVSHMEM_DOORBELL
         last = len(self.eventfds) - 1
+        # QEMU makes an eventfd blocking when it comes and non-blocking again when it connects it, so poll.
+        poll = select.poll()
+        poll.register(self.eventfds[last], select.POLLIN)
         deadline = time.monotonic() + 5.0
         while time.monotonic() < deadline:
             bar.write(IVSHMEM_DOORBELL, 4, self.message(last))
             bar.read(0, 4)
-            with contextlib.suppress(BlockingIOError):
+            if poll.poll(1):
                 os.eventfd_read(self.eventfds[last])
                 return
         raise GuestpvError("the ivshmem doorbell does not ring its eventfds", where="qtest")
