@@ -6,8 +6,8 @@ address. Here they never coincide, so that one taken for the other points nowher
 
 from __future__ import annotations
 
-import mmap
 import os
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
@@ -16,6 +16,7 @@ import numpy as np
 
 from ..errors import GuestpvError, UsageError
 from ..memory import Bytes, DmaRegion, Segment
+from ..system import PAGE_SIZE, SYSTEM
 from ..wire.vhost_user import MemorySlot
 
 FIRST_GUEST_ADDRESS: Final = 1 << 36
@@ -43,6 +44,14 @@ class Arena:
         return MemorySlot(self.guest_address, self.memory.nbytes, self.pointer, 0)
 
 
+def _mapped(fd: int, size: int) -> Bytes:
+    """A view of the whole file; the mapping goes with the last view."""
+    pointer = SYSTEM.mmap(size, fd=fd)
+    window = SYSTEM.window(pointer, size)
+    weakref.finalize(window, SYSTEM.munmap, pointer, size).atexit = False
+    return np.frombuffer(memoryview(window), dtype=np.uint8)
+
+
 class MemfdSpace:
     """A ``DmaSpace`` of memfds.
 
@@ -64,7 +73,7 @@ class MemfdSpace:
         Raises:
             GuestpvError: the kernel gives no memory, or the back end takes no further region.
         """
-        size = -(-size // mmap.PAGESIZE) * mmap.PAGESIZE
+        size = -(-size // PAGE_SIZE) * PAGE_SIZE
         arena = next((a for a in self.arenas if a.handed_out + size <= a.memory.nbytes), None)
         if arena is None:
             arena = self._grow(max(size, ARENA))
@@ -83,8 +92,7 @@ class MemfdSpace:
             raise GuestpvError(f"memfd_create: {error.strerror}", where="vhost-user memory") from None
         try:
             os.ftruncate(fd, size)
-            memory = np.frombuffer(mmap.mmap(fd, size), dtype=np.uint8)
-            arena = Arena(fd, memory, self._next_guest_address)
+            arena = Arena(fd, _mapped(fd, size), self._next_guest_address)
             self._announce(arena)
         except OSError as error:
             os.close(fd)

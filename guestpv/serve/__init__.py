@@ -1,0 +1,1 @@
+"""Our device models on a socket, for hypervisors and drivers of other makers."""
