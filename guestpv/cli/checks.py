@@ -32,8 +32,8 @@ QEMU_IOMMU: Final = (
     "libvirt: <iommu model='intel'><driver intremap='on' caching_mode='on'/></iommu>, <ioapic driver='qemu'/>"
 )
 BOOT_IOMMU: Final = (
-    "add intel_iommu=on to the kernel's command line: in /etc/default/grub\n"
-    'GRUB_CMDLINE_LINUX="intel_iommu=on", then: update-grub && reboot'
+    "give the kernel intel_iommu=on; where GRUB boots it:\n"
+    "sed -i 's/^GRUB_CMDLINE_LINUX=\"/&intel_iommu=on /' /etc/default/grub && update-grub && reboot"
 )
 QEMU_PLATFORM: Final = (
     "QEMU: iommu_platform=on,disable-legacy=on at the -device virtio-...-pci\n"
@@ -129,7 +129,7 @@ def iommu(system: System) -> Check:
     with suppress(OSError):
         if "intel_iommu=on" in system.read_text("/proc/cmdline").split():
             return Check("IOMMU", "fail", "the machine has none, though intel_iommu=on is given", QEMU_IOMMU)
-    return Check("IOMMU", "fail", "the machine has none", f"{QEMU_IOMMU}\nand {BOOT_IOMMU}")
+    return Check("IOMMU", "fail", "the machine has none", f"{QEMU_IOMMU}\n{BOOT_IOMMU}")
 
 
 def modules(system: System) -> Check:
