@@ -184,7 +184,11 @@ static inline int32_t next_entry(struct gpv_queue *q, struct gpv_place place, ui
         return 0;
     }
     *id = GPV_LOAD(q, &d->id);
-    *len = flags & GPV_DESC_F_WRITE ? GPV_LOAD(q, &d->len) : 0; /* 2.8.5: reserved otherwise */
+    *len = GPV_LOAD(q, &d->len);
+    /* Without WRITE len is reserved (2.8.5, DEV-PACKED-21). QEMU never sets WRITE there and means its len all the same;
+     * one that cannot be meant counts as nothing written. */
+    if (!(flags & GPV_DESC_F_WRITE) && (*id >= q->size || *len > q->slots[*id].writable))
+        *len = 0;
     if (!waiting)
         return gpv_violate(q, GPV_USED_UNASKED, place.offset, *id, flags, 0);
     return gpv_check_used(q, place.offset, *id, *len) ? GPV_EBROKEN : 1;

@@ -11,6 +11,8 @@ enum {
     BURST = 64,
     MAX_FRAGMENTS = 64,      /* 64 KiB in the smallest receive buffers that we make, and some */
     NUM_BUFFERS_OFFSET = 10, /* le16 num_buffers in struct virtio_net_hdr (5.1.6) */
+    STUCK_MS = 200,          /* how long sent frames may stay with the device before it is reminded */
+    STUCK_ROUNDS = 1 << 17,  /* the same when spinning */
 };
 
 struct gpv_pump {
@@ -205,6 +207,18 @@ static int stop_asked(const struct gpv_pump *p)
     return poll(&stop, 1, 0) > 0;
 }
 
+/* Frames that the device has had for long: remind it. QEMU 7.2 leaves a stale event position behind when its back end
+ * was congested, after which the standard forbids the kick that would make it go on (packed ring, EVENT_IDX). */
+static int32_t unstick(struct gpv_pump *p)
+{
+    int32_t status = reap_transmitted(p);
+    if (status == 0 && gpv_outstanding(p->c.tx)) {
+        count(&p->n.tx_reminders, 1);
+        status = gpv_notify(p->c.tx);
+    }
+    return status < 0 ? status : 0;
+}
+
 /* Sleep until somebody has something to do. Returns 0, or a negative code. */
 static int32_t sleep_until_work(struct gpv_pump *p)
 {
@@ -218,8 +232,11 @@ static int32_t sleep_until_work(struct gpv_pump *p)
             { .fd = p->c.rx_fd, .events = POLLIN },
             { .fd = full ? p->c.tx_fd : p->c.tap_fd, .events = POLLIN },
         };
-        if (poll(fds, 3, -1) < 0 && errno != EINTR)
+        int woken = poll(fds, 3, gpv_outstanding(p->c.tx) ? STUCK_MS : -1);
+        if (woken < 0 && errno != EINTR)
             return GPV_PUMP_ERRNO - errno;
+        if (woken == 0)
+            ready = unstick(p);
         count(&p->n.wakeups, 1);
         take_interrupts(p->c.rx_fd, &p->n.rx_interrupts);
         take_interrupts(p->c.tx_fd, &p->n.tx_interrupts);
@@ -242,7 +259,7 @@ int32_t gpv_pump_run(struct gpv_pump *p)
             return status;
     }
     gpv_publish(p->c.rx);
-    for (uint32_t round = 0;; round++) {
+    for (uint32_t round = 0, idle = 0;; round++) {
         /* Under load there is no sleep to be woken from; a look now and then is enough. */
         if (round % BURST == 0 && stop_asked(p))
             return 0;
@@ -252,9 +269,14 @@ int32_t gpv_pump_run(struct gpv_pump *p)
         int32_t out = transmit(p);
         if (out < 0)
             return out;
-        if (in || out || p->c.rx_fd < 0)
+        if (in || out) {
+            idle = 0;
             continue;
-        int32_t status = sleep_until_work(p);
+        }
+        int spinning = p->c.rx_fd < 0;
+        if (spinning && ++idle % STUCK_ROUNDS)
+            continue;
+        int32_t status = spinning ? unstick(p) : sleep_until_work(p);
         if (status < 0)
             return status;
         if (stop_asked(p))

@@ -9,7 +9,7 @@ struct gpv_pump_buffers {
 struct gpv_pump_counters {
     uint64_t rx_packets, rx_bytes, rx_dropped, rx_interrupts;
     uint64_t tx_packets, tx_bytes, tx_dropped, tx_interrupts;
-    uint64_t wakeups;
+    uint64_t tx_reminders, wakeups;
 };
 
 struct gpv_pump_config {

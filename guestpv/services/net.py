@@ -80,6 +80,7 @@ class Pump:
         result = {
             f"{way}_{name}": int(getattr(live, f"{way}_{name}")) for way in ("rx", "tx") for name in names
         }
+        result["tx_reminders"] = int(live.tx_reminders)
         result["rx_kicks"] = int(lib.gpv_kicks(self.pair.rx.handle))
         result["tx_kicks"] = int(lib.gpv_kicks(self.pair.tx.handle))
         return result

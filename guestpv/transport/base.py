@@ -480,7 +480,9 @@ class Transport(ABC):
         try:
             self.reset()
         except (TimeLimit, DeviceGone):
-            self.silence()
+            # What is gone does no DMA; what hangs is stopped by other means.
+            with contextlib.suppress(DeviceGone):
+                self.silence()
             self._forget()
         finally:
             try:
