@@ -26,7 +26,11 @@ SCHEMES = {
 """Scheme -> module whose ``open_function(body, params)`` gives the PCI function; one that is no PCI function
 has ``open_transport(body, params)``, which gives the transport itself."""
 
-DRIVERS = {feat.RNG: ("guestpv.drivers.rng", "Rng"), feat.NET: ("guestpv.drivers.net", "Net")}
+DRIVERS = {
+    feat.RNG: ("guestpv.drivers.rng", "Rng"),
+    feat.NET: ("guestpv.drivers.net", "Net"),
+    feat.BLK: ("guestpv.drivers.blk", "Blk"),
+}
 """Virtio device id -> module and class of its driver."""
 
 _ADDRESS = re.compile(r"(?:[0-9a-fA-F]{4,8}:)?[0-9a-fA-F]{2}:[0-1][0-9a-fA-F]\.[0-7]\Z")

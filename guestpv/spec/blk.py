@@ -77,3 +77,83 @@ REQUEST_HEADER: Final = np.dtype([("type", "<u4"), ("reserved", "<u4"), ("sector
 """Device-readable head of every request, 16 bytes (5.2.6)."""
 DISCARD_SEGMENT: Final = np.dtype([("sector", "<u8"), ("num_sectors", "<u4"), ("flags", "<u4")])
 ID_BYTES: Final = 20
+
+LIFETIME: Final = np.dtype(
+    [("pre_eol_info", "<u2"), ("device_lifetime_est_typ_a", "<u2"), ("device_lifetime_est_typ_b", "<u2")]
+)
+"""Data of a GET_LIFETIME request, 6 bytes (5.2.6)."""
+DISCARD_F_UNMAP: Final = 1
+
+T_ZONE_APPEND: Final = 15
+T_ZONE_REPORT: Final = 16
+T_ZONE_OPEN: Final = 18
+T_ZONE_CLOSE: Final = 20
+T_ZONE_FINISH: Final = 22
+T_ZONE_RESET: Final = 24
+T_ZONE_RESET_ALL: Final = 26
+
+S_ZONE_INVALID_CMD: Final = 3
+S_ZONE_UNALIGNED_WP: Final = 4
+S_ZONE_OPEN_RESOURCE: Final = 5
+S_ZONE_ACTIVE_RESOURCE: Final = 6
+
+Z_NONE: Final = 0
+Z_HM: Final = 1
+Z_HA: Final = 2
+
+ZONE_REPORT: Final = np.dtype([("nr_zones", "<u8"), ("reserved", "u1", (56,))])
+"""Head of the data of a ZONE_REPORT request, 64 bytes; descriptors follow."""
+ZONE_DESCRIPTOR: Final = np.dtype(
+    [
+        ("z_cap", "<u8"),
+        ("z_start", "<u8"),
+        ("z_wp", "<u8"),
+        ("z_type", "u1"),
+        ("z_state", "u1"),
+        ("reserved", "u1", (38,)),
+    ]
+)
+"""One zone in a report, 64 bytes; capacity, start and write pointer count 512-byte sectors."""
+
+ZT_CONV: Final = 1
+ZT_SWR: Final = 2
+ZT_SWP: Final = 3
+
+ZS_NOT_WP: Final = 0
+ZS_EMPTY: Final = 1
+ZS_IOPEN: Final = 2
+ZS_EOPEN: Final = 3
+ZS_CLOSED: Final = 4
+ZS_RDONLY: Final = 13
+ZS_FULL: Final = 14
+ZS_OFFLINE: Final = 15
+
+TYPE_NAMES: Final = {
+    T_IN: "read",
+    T_OUT: "write",
+    T_FLUSH: "flush",
+    T_GET_ID: "get_id",
+    T_GET_LIFETIME: "get_lifetime",
+    T_DISCARD: "discard",
+    T_WRITE_ZEROES: "write_zeroes",
+    T_SECURE_ERASE: "secure_erase",
+    T_ZONE_APPEND: "zone_append",
+    T_ZONE_REPORT: "zone_report",
+    T_ZONE_OPEN: "zone_open",
+    T_ZONE_CLOSE: "zone_close",
+    T_ZONE_FINISH: "zone_finish",
+    T_ZONE_RESET: "zone_reset",
+    T_ZONE_RESET_ALL: "zone_reset_all",
+}
+"""Request type -> how messages call it."""
+
+STATUS_NAMES: Final = {
+    S_OK: "OK",
+    S_IOERR: "IOERR",
+    S_UNSUPP: "UNSUPP",
+    S_ZONE_INVALID_CMD: "ZONE_INVALID_CMD",
+    S_ZONE_UNALIGNED_WP: "ZONE_UNALIGNED_WP",
+    S_ZONE_OPEN_RESOURCE: "ZONE_OPEN_RESOURCE",
+    S_ZONE_ACTIVE_RESOURCE: "ZONE_ACTIVE_RESOURCE",
+}
+"""Every status that the standard defines (5.2.6)."""
