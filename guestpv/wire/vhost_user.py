@@ -197,9 +197,9 @@ class MemorySlot(Payload):
 
 @dataclass(frozen=True, slots=True)
 class Inflight(Payload):
-    """The buffer in which a back end records requests in flight."""
+    """The buffer in which a back end records requests in flight; padded, as C compilers do it."""
 
-    STRUCT = struct.Struct("=QQHH")
+    STRUCT = struct.Struct("=QQHH4x")
     mmap_size: int
     mmap_offset: int
     num_queues: int

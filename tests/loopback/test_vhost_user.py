@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import itertools
-import json
 import os
 import select
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -32,7 +30,7 @@ from guestpv.spec.status import Status
 from guestpv.transport.vhost_user import VhostUserTransport
 from guestpv.virtqueue.queue import Virtqueue
 from guestpv.wire.vhost_user import ProtocolFeature as PF
-from peers.backend import Backend
+from peers.mortal import immortal, mortal_disk
 
 SIZE = 1 << 20
 BLOCK = 4096
@@ -298,57 +296,6 @@ def test_a_path_in_use_and_one_left_behind(serve: Serve, connect: Open, tmp_path
 
 # A back end that is killed at a chosen moment.
 
-CHILD = """
-import json, os, signal, sys, threading, time
-from guestpv.devices.models.blk import Blk
-from guestpv.devices.models.blk_store import Store
-from guestpv.serve.vhost_user import VhostUserServer
-
-path, file, log, options = sys.argv[1:]
-options = json.loads(options)
-
-
-class Logged(Blk):
-    def handle(self, queue, chain):
-        with open(log, "a") as entries:
-            print(int.from_bytes(chain.read(8, 8), "little") // 8, file=entries)
-        super().handle(queue, chain)
-
-
-server = VhostUserServer(
-    Logged(Store(file)), path, offer=options["offer"], protocol_features=options["protocol_features"]
-)
-left = options["count"]
-
-
-def die(event, subject):
-    global left
-    if event.kind == options["kind"]:
-        left -= 1
-        if left == 0:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-
-def die_late(event, subject):
-    if event.kind == "kick":
-        unobserve()
-        server.journal.observe(die)
-
-
-unobserve = server.journal.observe(die_late if options["late"] else die)
-server.device.hold = True
-
-
-def release():
-    while True:
-        time.sleep(0.005)
-        server.device.release(3, lambda place: place * 7 % 5)
-
-
-threading.Thread(target=release, daemon=True).start()
-server.run()
-"""
-
 
 @pytest.mark.parametrize(
     ("packed", "tracked", "kind", "late"),
@@ -366,15 +313,14 @@ def test_no_request_is_lost(
     """Killed before or after it wrote down what it did; requests complete out of order, three at a time."""
     file, log, sock = tmp_path / "disk", tmp_path / "log", tmp_path / "sock"
     file.write_bytes(bytes(SIZE))
-    options: dict[str, Any] = {
-        "offer": PACKED if packed else 0,
-        "protocol_features": PROTOCOL_FEATURES & ~(0 if tracked else mask((PF.INFLIGHT_SHMFD,))),
+    options = {
         "kind": kind,
         "late": late,
         "count": {"pop": 37, "push": 20, "publish": 6}[kind],
+        "offer": PACKED if packed else 0,
+        "protocol_features": PROTOCOL_FEATURES & ~(0 if tracked else mask((PF.INFLIGHT_SHMFD,))),
     }
-    command = [sys.executable, "-c", CHILD, str(sock), str(file), str(log)]
-    with Backend([*command, json.dumps(options)], sock, "python3") as backend:
+    with mortal_disk(sock, file, log, **options) as backend:
         transport = connect("blk", sock)
         (queue,) = live(transport)
         writes = Writes(transport, queue, 60)
@@ -386,7 +332,7 @@ def test_no_request_is_lost(
         assert len(seen) < 60
         executed = log.read_text().split()
         backend.kill()
-        backend.command = [*command, json.dumps({**options, "count": 0})]
+        immortal(backend)
         backend.start()
         again = transport.reconnect()
         slots = [writes.slot_of(token) for token in again.get(0, [])]

@@ -59,7 +59,7 @@ def u32(*numbers: int) -> bytes:
         # descriptor, used, available: not the order of the queue registers of PCI
         (VringAddress(1, 0, 0xD000, 0xE000, 0xA000), u32(1, 0) + u64(0xD000, 0xE000, 0xA000, 0)),
         (MemorySlot(1 << 36, 4096, 0x7F00, 0), bytes(8) + u64(1 << 36, 4096, 0x7F00, 0)),
-        (Inflight(4096, 0, 4, 128), u64(4096, 0) + struct.pack("<HH", 4, 128)),
+        (Inflight(4096, 0, 4, 128), u64(4096, 0) + struct.pack("<HHI", 4, 128, 0)),
         (
             MemoryTable((MemoryRegion(1, 2, 3, 4), MemoryRegion(5, 6, 7, 8))),
             u32(2, 0) + u64(1, 2, 3, 4, 5, 6, 7, 8),

@@ -103,6 +103,19 @@ class Backend:
             finally:
                 self.kill()
 
+    def wait(self, timeout: float) -> None:
+        """Wait until it ends by itself.
+
+        Raises:
+            PeerError: it lives on.
+        """
+        if self._process is not None:
+            try:
+                self._process.wait(timeout)
+            except subprocess.TimeoutExpired:
+                raise PeerError(f"{self.command[0]} still runs after {timeout:g} s: {self.words()}") from None
+            self.kill()
+
     def kill(self) -> None:
         """End it at once (SIGKILL). Idempotent."""
         if self._process is not None:
