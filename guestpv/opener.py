@@ -30,6 +30,7 @@ DRIVERS = {
     feat.RNG: ("guestpv.drivers.rng", "Rng"),
     feat.NET: ("guestpv.drivers.net", "Net"),
     feat.BLK: ("guestpv.drivers.blk", "Blk"),
+    feat.BALLOON: ("guestpv.drivers.balloon", "Balloon"),
 }
 """Virtio device id -> module and class of its driver."""
 

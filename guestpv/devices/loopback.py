@@ -148,6 +148,8 @@ def open_function(body: str, params: dict[str, str]) -> SoftwareFunction:
             - ``threaded``: ``on`` gives the device a thread of its own.
             - ``segment``: bytes after which DMA memory continues elsewhere on the bus (0: never).
             - ``flr``: ``off`` leaves out the function level reset.
+            - ``translated``: ``on`` puts an IOMMU between the device and memory: bus addresses are not
+              guest-physical ones then, and ACCESS_PLATFORM is required (``off`` for ``balloon`` only).
 
             ``rng``: ``seed``, ``most`` (bytes a buffer gets at most).
 
@@ -177,6 +179,8 @@ def open_function(body: str, params: dict[str, str]) -> SoftwareFunction:
     options = {
         "threaded": left.switch("threaded", False),
         "flr": left.switch("flr", True),
+        # A balloon's requests name guest-physical pages; without translation a bus address is one.
+        "translated": left.switch("translated", body != "balloon"),
     }
     segment, multiplier = left.number("segment", 0), left.number("multiplier", 4)
     masks = {bit: left.text(name) for name, bit in SWITCHES.items()}
