@@ -22,6 +22,7 @@ SCHEMES = {
     "loopback": "guestpv.devices.loopback",
     "qtest": "guestpv.pci.qtest",
     "vhost-user": "guestpv.transport.vhost_user",
+    "vfio-user": "guestpv.pci.vfio_user",
 }
 """Scheme -> module whose ``open_function(body, params)`` gives the PCI function; one that is no PCI function
 has ``open_transport(body, params)``, which gives the transport itself."""
