@@ -84,11 +84,16 @@ def test_packed_order_of_accesses(observed: Any) -> None:
     assert b.queue.accesses[3].value >> 48 & (AVAIL | USED) != AVAIL, "the head waits for the release"
     chain = b.peer.pop()
     assert chain is not None
-    b.queue.desc[0]["id"] = chain.id
+    b.queue.desc[0]["id"], b.queue.desc[0]["len"] = chain.id, 0
     b.queue.desc[0]["flags"] = AVAIL | USED
     b.queue.accesses.clear()
     assert b.queue.reap_burst()[1].tolist() == [0]
-    assert kinds(b) == [("load acquire", "desc", 14), ("load", "desc", 12), ("load acquire", "desc", 46)]
+    assert kinds(b) == [
+        ("load acquire", "desc", 14),
+        ("load", "desc", 12),
+        ("load", "desc", 8),
+        ("load acquire", "desc", 46),
+    ]
 
 
 def test_accesses_to_tables_are_named(observed: Any) -> None:

@@ -233,7 +233,7 @@ static int use(struct rig *r, uint32_t id, uint32_t len, uint32_t buffers, uint3
         return (uint16_t)(r->used_at - event - 1) < buffers;
     }
     desc[at].id = (uint16_t)id;
-    desc[at].len = len;
+    desc[at].len = len ? len : UINT32_MAX; /* reserved without WRITE (2.8.5) */
     __atomic_store_n(&desc[at].flags, (uint16_t)((wrap ? AVAIL | USED : 0) | (len ? WRITE : 0)), __ATOMIC_RELEASE);
     r->used_at = (uint16_t)((at + descriptors) % r->size);
     r->used_wrap ^= at + descriptors >= r->size;
@@ -268,7 +268,7 @@ static void want_kicks(struct rig *r, int wanted)
 
 /* The driver's book: what is out, by id. */
 struct book {
-    uint8_t out[MAX_SIZE];
+    uint8_t out[MAX_SIZE], published[MAX_SIZE];
     uint32_t elements[MAX_SIZE], writable[MAX_SIZE], length[MAX_SIZE];
     uint64_t first[MAX_SIZE], cookie[MAX_SIZE];
 };
@@ -294,6 +294,7 @@ static int add_one(struct rig *r, struct book *b, uint64_t serial)
     }
     CHECK(id >= 0 && (uint32_t)id < r->size && !b->out[id]);
     b->out[id] = 1;
+    b->published[id] = 0;
     b->elements[id] = n;
     b->first[id] = serial << 8;
     b->cookie[id] = serial;
@@ -305,7 +306,7 @@ static int add_one(struct rig *r, struct book *b, uint64_t serial)
 
 static void check_taken(const struct book *b, const struct chain *c)
 {
-    CHECK(c->id < MAX_SIZE && b->out[c->id]);
+    CHECK(c->id < MAX_SIZE && b->out[c->id] && b->published[c->id]);
     CHECK(c->elements == b->elements[c->id] && c->first == b->first[c->id] && c->writable == b->writable[c->id]);
 }
 
@@ -353,8 +354,11 @@ static void walk(uint64_t buffers)
 
             for (n = rnd(size + 2); n > 0 && add_one(&r, &b, serial); n--, serial++)
                 fresh++;
+            while (rnd(2) && take(&r, &held[holding]))
+                check_taken(&b, &held[holding++]);
             kicks = gpv_kicks(r.q);
             CHECK(gpv_publish(r.q) >= 0);
+            memset(b.published, 1, sizeof b.published);
             CHECK(gpv_kicks(r.q) - kicks <= 1 && (fresh || gpv_kicks(r.q) == kicks));
             if (fresh && device_asleep) {
                 CHECK(gpv_kicks(r.q) == kicks + 1); /* or the kick was lost */
@@ -531,6 +535,16 @@ static void scribble(struct rig *r)
     }
 }
 
+/* Whether what the device put into its suppression words is something that the standard does not define. */
+static int undefined_suppression(const struct rig *r)
+{
+    const uint16_t flags = word(r->device, has(r, GPV_PACKED) ? 2 : 0);
+
+    if (!has(r, GPV_PACKED))
+        return !has(r, GPV_EVENT_IDX) && flags > 1;
+    return flags > 2 || (flags == 2 && (!has(r, GPV_EVENT_IDX) || (word(r->device, 0) & 0x7fff) >= r->size));
+}
+
 static void fuzz(uint64_t writes)
 {
     uint64_t found[GPV_BAD_EVENT_OFFSET + 1] = {0}, serial = 1, reaped = 0, i;
@@ -554,7 +568,14 @@ static void fuzz(uint64_t writes)
             for (n = rnd(3); n > 0; n--)
                 if (!gpv_outstanding(r.q) || rnd(2))
                     serial += (uint64_t)add_one(&r, &b, serial);
-            got = gpv_publish(r.q);
+            if (rnd(4)) {
+                const int bad = gpv_unpublished(r.q) && undefined_suppression(&r);
+
+                gpv_violation_get(r.q, &v);
+                got = gpv_publish(r.q);
+                CHECK(v.kind || (got == GPV_EBROKEN) == bad);
+                memset(b.published, 1, sizeof b.published);
+            }
             for (n = 1 + rnd(3); n > 0 && writes > 0; n--, writes--)
                 scribble(&r);
             gpv_pending(r.q);
@@ -562,7 +583,7 @@ static void fuzz(uint64_t writes)
                 got = gpv_reap(r.q, ids, lengths, cookies, 1 + rnd(MAX_SIZE - 1));
             CHECK(got <= (int32_t)size);
             for (k = 0; got > 0 && k < (uint32_t)got; k++, reaped++) {
-                CHECK(ids[k] < size && b.out[ids[k]] && lengths[k] <= b.writable[ids[k]]);
+                CHECK(ids[k] < size && b.out[ids[k]] && b.published[ids[k]] && lengths[k] <= b.writable[ids[k]]);
                 CHECK(cookies[k] == b.cookie[ids[k]]);
                 b.out[ids[k]] = 0;
             }
