@@ -21,6 +21,8 @@ VERBS: Final = {
     "bind": ("bind:bind", "Take a function from the kernel's driver."),
     "unbind": ("unbind:unbind", "Give a function back to the kernel's driver."),
     "net": ("net:net", "Drive a network device as a network link."),
+    "balloon": ("balloon:balloon", "Lend memory to the host through a balloon."),
+    "serve": ("serve:serve", "Put a device model on a socket for QEMU to attach."),
     "completion": ("completion:completion", "Print the shell's completion script."),
 }
 """Verb -> where its command is, and its line of help (so that help imports nothing)."""

@@ -16,11 +16,14 @@ from collections.abc import Callable, Iterator
 from errno import EINVAL, ENOTSUP
 from types import TracebackType
 from typing import Any, Final, Self
+from urllib.parse import parse_qsl
 
 from ..devices.function import SoftwareFunction
 from ..devices.interrupts import signal
+from ..devices.loopback import open_function
 from ..devices.pciconfig import SIZE as CONFIG_SIZE
 from ..errors import DeviceGone, GuestpvError, UsageError
+from ..spec import features as ft
 from ..spec import pci
 from ..system import PAGE_SIZE, SYSTEM
 from ..wire import vfio_user as wire
@@ -316,8 +319,7 @@ class Connection:
 class VfioUserServer:
     """A software PCI function behind a socket; one client at a time, others are turned away.
 
-    >>> function = open_function("blk", {"file": "disk.img"})             # doctest: +SKIP
-    >>> with VfioUserServer(function, "/run/disk.sock"):                   # doctest: +SKIP
+    >>> with VfioUserServer(make_function("blk?file=disk.img"), "/run/disk.sock"):   # doctest: +SKIP
     ...     input("serving; Enter ends it")
 
     Args:
@@ -339,7 +341,7 @@ class VfioUserServer:
     ) -> None:
         self.function = function
         self.path = path
-        self.name = f"vfio-user:{path}"
+        self.name = function.journal.name = f"vfio-user:{path}"
         self.connection: Connection | None = None
         self.failure: BaseException | None = None
         self._tell = tell
@@ -470,6 +472,20 @@ class VfioUserServer:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def make_function(device: str) -> SoftwareFunction:
+    """The function that ``net?mac=52:54:00:12:34:56`` names; see ``devices.loopback.open_function``.
+
+    Raises:
+        UsageError: there is no such device type or parameter.
+    """
+    kind, _, query = device.partition("?")
+    function = open_function(kind, dict(parse_qsl(query, keep_blank_values=True)))
+    if function.model.device_type == ft.BALLOON:
+        # Linux clears the feature for the balloon, whose pages have physical numbers behind any IOMMU.
+        function.device.offered &= ~(1 << ft.F_ACCESS_PLATFORM)
+    return function
 
 
 def _check_room(argsz: int, least: int) -> None:
