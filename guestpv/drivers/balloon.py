@@ -178,6 +178,11 @@ class Balloon:
         return sum(chunk.huge for chunk in self._chunks)
 
     @property
+    def lent(self) -> int:
+        """Hints that the device has not used yet; ``follow_hints`` looks whether it has."""
+        return sum(chunk.lent for chunk in self._chunks)
+
+    @property
     def target(self) -> int:
         """``num_pages``: how many pages the device wants to be in the balloon."""
         return self._config("num_pages")

@@ -102,6 +102,7 @@ class RequestQueue:
 
     Attributes:
         stages: buffers that are free; ``Lease`` takes one.
+        stage_bytes: bytes of each.
         late: requests that came back after their time limit.
         broken: why the queue takes nothing any more, None while it does.
     """
@@ -109,6 +110,7 @@ class RequestQueue:
     def __init__(self, queue: Virtqueue, pool: DmaPool, stage_bytes: int) -> None:
         self.queue = queue
         self.late = 0
+        self.stage_bytes = stage_bytes
         self.broken: GuestpvError | None = None
         self._pool = pool
         slots = queue.size
