@@ -1,0 +1,154 @@
+"""``guestpv balloon up``: follow the host's wishes for memory."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+import time
+from contextlib import ExitStack
+from typing import Any
+
+import click
+
+from ..errors import UsageError
+from .completion import complete_address
+from .report import Report, reporting
+
+EXAMPLE = """\b
+Examples:
+  guestpv balloon up                      the only balloon
+  guestpv balloon up --detach --keep-free 256M
+  guestpv balloon up 0000:05:00.0 --rate 64M
+The host sets the target: QMP `balloon`, `virsh setmem`.
+"""
+
+UNITS = {"": 0, "K": 10, "M": 20, "G": 30, "T": 40}
+
+
+class Size(click.ParamType):  # type: ignore[type-arg,unused-ignore]
+    """An amount of memory: bytes, or with K, M, G or T (powers of 1024)."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """The amount in bytes."""
+        if isinstance(value, int):
+            return value
+        match = re.fullmatch(r"(\d+)([KMGT]?)(?:i?B)?", str(value), re.IGNORECASE)
+        if match is None:
+            self.fail(f"{value!r} is no amount of memory, such as 256M or 2G", param, ctx)
+        return int(match[1]) << UNITS[match[2].upper()]
+
+
+@click.command(epilog=EXAMPLE)
+@click.argument("spec", required=False, shell_complete=complete_address)
+@click.option(
+    "--features",
+    default="",
+    metavar="LIST",
+    help="Insist on features (+a) or leave them out (-b): -stats_vq.",
+)
+@click.option(
+    "--keep-free",
+    type=Size(),
+    help="Memory that stays available to this guest, whatever the host wants.  [default: 5 %, at least 64M]",
+)
+@click.option(
+    "--rate",
+    type=Size(),
+    default="256M",
+    show_default=True,
+    help="The balloon grows by at most this a second.",
+)
+@click.option("--detach", is_flag=True, help="Return once it is up; `guestpv balloon down` ends it.")
+@click.option("--force", is_flag=True, help="Also when something uses the function.")
+@reporting
+def up(
+    report: Report,
+    spec: str | None,
+    features: str,
+    keep_free: int | None,
+    rate: int,
+    detach: bool,
+    force: bool,
+) -> None:
+    """Drive the balloon SPEC: give memory to the host as it asks for it, and take it back.
+
+    Takes the function from the kernel's driver if it has to, follows the host's target, answers its
+    requests for statistics, and shrinks when this guest runs short of memory, until Ctrl-C, SIGTERM or
+    `guestpv balloon down`. Then all memory comes back and the kernel gets the function back.
+
+    Without SPEC it takes the balloon, if there is exactly one that can be driven.
+    """
+    from ..services.control import detach as run_detached
+    from .balloon_session import BalloonSession, Wishes
+
+    if rate < 4096:
+        raise UsageError(f"--rate {rate} is less than a page a second", hint="guestpv balloon up --help")
+    wishes = Wishes(spec=spec, features=features, keep_free=keep_free, rate=rate, force=force)
+    if detach:
+
+        def is_up(data: dict[str, Any]) -> None:
+            report.done(data, lambda: show(data, f"Up in the background, process {data['pid']}."))
+
+        run_detached(lambda ready: in_background(wishes, ready), is_up)
+    else:
+        in_foreground(BalloonSession, wishes, report)
+
+
+def in_background(wishes: Any, ready: Any) -> None:
+    """Run a session whose events go into a log file beside its control socket."""
+    from .balloon_session import BalloonSession, directory
+
+    def tell(event: str) -> None:
+        os.write(1, f"{time.strftime('%F %T')} {event}\n".encode())
+
+    def start_log(status: dict[str, Any]) -> None:
+        path = os.path.join(directory(), f"{status['name']}.log")
+        log = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        os.dup2(log, 1)
+        os.dup2(log, 2)
+        os.close(log)
+        tell("up")
+        ready(status | {"log": path})
+
+    BalloonSession(wishes, tell).run(start_log, lambda status: None)
+
+
+def in_foreground(session_type: Any, wishes: Any, report: Report) -> None:
+    """Run a session that a person or a program watches."""
+    from .balloon_view import BalloonLine
+
+    with ExitStack() as stack:
+        live: BalloonLine | None = None
+
+        def tell(event: str) -> None:
+            if report.as_json:
+                report.event(event)
+            elif live is not None:
+                live.say(event)
+            else:
+                report.say(event)
+
+        def ready(status: dict[str, Any]) -> None:
+            nonlocal live
+            report.done(status, lambda: show(status, "Up. Ctrl-C takes all memory back."))
+            if sys.stdout.isatty() and not report.as_json:
+                live = stack.enter_context(BalloonLine())
+
+        def refresh(status: dict[str, Any]) -> None:
+            if live is not None:
+                live.update(status)
+
+        session_type(wishes, tell).run(ready, refresh)
+
+
+def show(status: dict[str, Any], closing: str) -> None:
+    """What is up, for a person."""
+    from .balloon_view import describe
+    from .tables import console, pairs
+
+    out = console()
+    out.print(pairs(describe(status)))
+    out.print(closing)
