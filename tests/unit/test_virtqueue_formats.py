@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import os
 import threading
@@ -644,3 +645,44 @@ def test_a_generator_of_completions_left_early_loses_nothing(base: int) -> None:
         b.peer.push(chain, 0)
     assert next(iter(b.queue.completions())) == (tokens[0], 0)
     assert list(b.queue.completions()) == [(tokens[1], 0), (tokens[2], 0)]
+
+
+@FORMATS
+@pytest.mark.parametrize("extra", ["", "EVENT_IDX"])
+def test_asyncio_waits_on_the_queue(base: int, extra: str) -> None:
+    fd = os.eventfd(0)
+    b = bench(base | mask(*filter(None, [extra])), 4, interrupt_fd=fd)
+    part = b.pool.allocate(4)
+
+    async def drive() -> list[int]:
+        loop = asyncio.get_running_loop()
+        back: list[int] = []
+        for turn in range(5):
+            done = loop.create_future()
+
+            def look(done: asyncio.Future[None] = done) -> None:
+                b.queue.clear_interrupt()
+                back.extend(token for token, _ in b.queue.completions())
+                if not done.done():
+                    done.set_result(None)
+
+            def device() -> None:
+                chain = b.peer.pop()
+                assert chain is not None
+                before = b.peer.interrupts
+                b.peer.push(chain, 0)
+                assert b.peer.interrupts > before, "the interrupt was lost"
+                os.eventfd_write(fd, 1)
+
+            b.queue.add([part])
+            b.queue.publish()
+            assert not b.queue.enable_interrupts()
+            loop.add_reader(b.queue.fileno(), look)
+            loop.call_later(0.001, device)
+            await asyncio.wait_for(done, 20)
+            loop.remove_reader(b.queue.fileno())
+            assert len(back) == turn + 1
+        return back
+
+    assert len(set(asyncio.run(drive()))) == 5
+    os.close(fd)
