@@ -60,7 +60,7 @@ class Kick:
         """No notification at all: a device that polls."""
         return cls(lib.GPV_KICK_NONE)
 
-    def fill(self, kick: Any, index: int, ffi: Any, lib: Any) -> object:
+    def fill(self, kick: Any, index: int, ffi: Any = ffi, lib: Any = lib) -> object:
         """Write this kick to a ``struct gpv_kick`` of virtqueue ``index``.
 
         Args:

@@ -63,7 +63,7 @@ def test_every_combination_of_options_moves_buffers_there_and_back(features: int
     assert (b.queue.free_slots, b.queue.outstanding) == (8, 0)
 
 
-@pytest.mark.requirement("DRV-SPLIT-15", "DRV-SPLIT-16")
+@pytest.mark.requirement("DRV-SPLIT-40", "DRV-SPLIT-45", "DRV-SPLIT-46", "DRV-SPLIT-49")
 def test_split_chain_is_written_field_by_field() -> None:
     b = bench(SPLIT, 4)
     parts = buffers(b, 16, 512, 1)
@@ -79,6 +79,9 @@ def test_split_chain_is_written_field_by_field() -> None:
     assert str(b.queue.driver) == "(0, 1, [0, 0, 0, 0], 0)"
 
 
+@pytest.mark.requirement(
+    "DRV-PACKED-24", "DRV-PACKED-26", "DRV-PACKED-27", "DRV-PACKED-31", "DRV-PACKED-32", "DRV-PACKED-33"
+)
 def test_packed_list_is_written_field_by_field_and_changes_its_flags_with_the_lap() -> None:
     b = bench(PACKED, 3)
     parts = buffers(b, 16, 512)
@@ -107,6 +110,7 @@ def test_packed_list_is_written_field_by_field_and_changes_its_flags_with_the_la
         assert [length for _, length in b.queue.completions()] == [0]
 
 
+@pytest.mark.requirement("DRV-SPLIT-43", "DRV-SPLIT-44", "DRV-PACKED-38")
 @FORMATS
 def test_indirect_table_holds_the_buffer_in_order(base: int) -> None:
     b = bench(base | mask("INDIRECT_DESC"), 4)
@@ -133,6 +137,7 @@ def test_longer_buffers_than_the_tables_become_chains(base: int) -> None:
     assert [chain and chain.count for chain in chains] == [1, 3]
 
 
+@pytest.mark.requirement("DRV-SPLIT-11", "DRV-PACKED-09", "DRV-PACKED-12")
 @FORMATS
 @pytest.mark.parametrize("size", [1, 2, 64, 32768])
 @pytest.mark.parametrize("extra", ["", "IN_ORDER"])
@@ -156,6 +161,7 @@ def test_one_buffer_may_take_the_whole_queue(base: int, size: int, extra: str) -
         assert (ids.tolist(), lengths.tolist()) == (slots.tolist(), [size - size // 2])
 
 
+@pytest.mark.requirement("DRV-PACKED-22", "DRV-PACKED-35")
 @pytest.mark.parametrize("size", [1, 3, 7, 100, 1000])
 def test_packed_sizes_need_be_no_power_of_two(size: int) -> None:
     b = bench(PACKED, size)
@@ -171,6 +177,7 @@ def test_packed_sizes_need_be_no_power_of_two(size: int) -> None:
         assert [token for token, _ in b.queue.completions()] == tokens[::-1]
 
 
+@pytest.mark.requirement("DRV-SPLIT-38", "DRV-PACKED-22")
 @pytest.mark.parametrize(
     ("size", "base"), [(0, SPLIT), (3, SPLIT), (32769, PACKED), (65536, SPLIT), (0, PACKED)]
 )
@@ -216,6 +223,7 @@ def test_a_burst_takes_what_finds_room(base: int) -> None:
     )
 
 
+@pytest.mark.requirement("DRV-SPLIT-06", "DRV-SPLIT-11", "DRV-PACKED-09")
 @FORMATS
 def test_buffers_that_make_no_sense_are_refused_and_leave_no_trace(base: int) -> None:
     b = bench(base, 4)
@@ -238,7 +246,7 @@ def test_buffers_that_make_no_sense_are_refused_and_leave_no_trace(base: int) ->
     assert len(b.queue.add_burst(np.zeros((1, 2), np.uint64), np.array([[0xFFFFFFFF, 1]], np.uint32), 0)) == 1
 
 
-@pytest.mark.requirement("DRV-SPLIT-24", "DRV-SPLIT-25")
+@pytest.mark.requirement("DRV-SPLIT-23", "DRV-SPLIT-24", "DRV-SPLIT-25")
 def test_split_flags_suppress_kicks_and_avail_event_does_not_count() -> None:
     b = bench(SPLIT, 8)
     part = b.pool.allocate(4)
@@ -251,6 +259,7 @@ def test_split_flags_suppress_kicks_and_avail_event_does_not_count() -> None:
     assert b.queue.publish()
 
 
+@pytest.mark.requirement("DRV-SPLIT-26", "DRV-SPLIT-27", "DRV-SPLIT-28", "DRV-SPLIT-56")
 @pytest.mark.parametrize("start", [0, 0x7FFE, 0xFFFE])
 def test_event_index_counts_through_the_wrap(start: int) -> None:
     """The rule of 2.7.10 for every event index around a burst, also where indices pass 0xffff."""
@@ -271,6 +280,7 @@ def test_event_index_counts_through_the_wrap(start: int) -> None:
     assert int(b.queue.driver["idx"]) == index
 
 
+@pytest.mark.requirement("DRV-PACKED-45")
 @pytest.mark.parametrize("size", [5, 8])
 def test_packed_event_offset_and_wrap(size: int) -> None:
     """2.8.10: DESC asks for the notification when one (offset, wrap) is made available, and only then."""
@@ -306,6 +316,7 @@ def _advance(b: Bench, part: DmaBuffer, count: int) -> None:
         count -= step
 
 
+@pytest.mark.requirement("DRV-SPLIT-47")
 @FORMATS
 def test_indices_pass_0xffff_with_bursts_of_every_phase(base: int) -> None:
     b = bench(base | mask("EVENT_IDX"), 64)
@@ -315,7 +326,7 @@ def test_indices_pass_0xffff_with_bursts_of_every_phase(base: int) -> None:
         assert int(b.queue.driver["idx"]) == 17
 
 
-@pytest.mark.requirement("DRV-SPLIT-19")
+@pytest.mark.requirement("DRV-SPLIT-15", "DRV-SPLIT-16")
 def test_split_interrupt_flags_without_event_index() -> None:
     b = bench(SPLIT, 8)
     b.queue.disable_interrupts()
@@ -324,6 +335,7 @@ def test_split_interrupt_flags_without_event_index() -> None:
     assert b.queue.driver["flags"] == 0
 
 
+@pytest.mark.requirement("DRV-SPLIT-17", "DRV-SPLIT-18", "DRV-SPLIT-55")
 def test_split_event_index_leaves_flags_alone_and_moves_used_event() -> None:
     b = bench(mask("EVENT_IDX"), 8)
     part = b.pool.allocate(4)
@@ -346,6 +358,7 @@ def test_split_event_index_leaves_flags_alone_and_moves_used_event() -> None:
     assert int(b.queue.driver["used_event"]) == 20, "whoever reaps with interrupts on asks for the next one"
 
 
+@pytest.mark.requirement("DRV-SPLIT-34", "DRV-PACKED-21")
 @FORMATS
 @pytest.mark.parametrize("extra", ["", "EVENT_IDX", "IN_ORDER"])
 def test_enable_interrupts_tells_of_what_is_pending_already(base: int, extra: str) -> None:
@@ -366,6 +379,7 @@ def test_enable_interrupts_tells_of_what_is_pending_already(base: int, extra: st
     assert not b.queue.enable_interrupts()
 
 
+@pytest.mark.requirement("DRV-PACKED-40", "DRV-PACKED-41")
 def test_packed_driver_event_structure() -> None:
     plain, event = bench(PACKED, 5), bench(PACKED | mask("EVENT_IDX"), 5)
     for b in (plain, event):
@@ -379,7 +393,9 @@ def test_packed_driver_event_structure() -> None:
     )
 
 
-@pytest.mark.requirement("DRV-PCI-48", "DRV-PCI-50")
+@pytest.mark.requirement(
+    "DRV-SPLIT-58", "DRV-PACKED-06", "DRV-PACKED-07", "DRV-PACKED-46", "DRV-PCI-48", "DRV-PCI-50"
+)
 def test_notification_data_names_the_next_place() -> None:
     split = bench(mask("NOTIFICATION_DATA"), 8)
     part = split.pool.allocate(4)
@@ -400,6 +416,7 @@ def test_notification_data_names_the_next_place() -> None:
     assert packed.kicks == [5 | (1 | 1 << 15) << 16, 5 | (2 | 1 << 15) << 16, 5, 5 | 1 << 16]
 
 
+@pytest.mark.requirement("DRV-PCI-51")
 def test_kick_value_is_the_configured_one_when_there_is_one() -> None:
     kicks: list[int] = []
     b = bench(SPLIT, 8)
@@ -440,6 +457,7 @@ def test_an_exception_in_a_python_kick_reaches_the_publisher() -> None:
         queue.publish()
 
 
+@pytest.mark.requirement("DRV-SPLIT-57", "DRV-PACKED-39")
 @FORMATS
 def test_in_order_batches_return_every_buffer_and_count_the_skipped_ones_as_full(base: int) -> None:
     b = bench(base | mask("IN_ORDER"), 8)
@@ -480,6 +498,7 @@ def test_tokens_are_never_given_out_twice(base: int) -> None:
     assert len(set(tokens)) == 100
 
 
+@pytest.mark.requirement("DRV-VQRESET-02", "DRV-PACKED-25")
 @FORMATS
 def test_drain_returns_what_never_came_back_and_starts_over(base: int) -> None:
     b = bench(base | mask("INDIRECT_DESC"), 8)
@@ -505,6 +524,7 @@ def test_drain_returns_what_never_came_back_and_starts_over(base: int) -> None:
     assert list(b.queue.completions()) == [(token, 0)]
 
 
+@pytest.mark.requirement("DRV-VQRESET-03")
 @FORMATS
 def test_restart_with_another_size_moves_the_rings(base: int) -> None:
     b = bench(base | mask("INDIRECT_DESC"), 8)
