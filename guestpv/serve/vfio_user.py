@@ -148,7 +148,9 @@ class Connection:
         if not asked.flags & DmaFlag.READ:
             raise Objection(EINVAL, "memory that cannot be read")
         writable = bool(asked.flags & DmaFlag.WRITE)
-        self._memory.map(asked.address, asked.size, asked.offset, writable, fds[0] if fds else None)
+        fd = fds[0] if fds else None
+        for index in self._memory.map(asked.address, asked.size, asked.offset, writable, fd):
+            self._tell(f"queue {index} goes on: its memory is mapped again")
         return wire.Nothing()
 
     def _dma_unmap(self, asked: DmaUnmap, fds: list[int]) -> DmaUnmap:

@@ -11,9 +11,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from errno import EEXIST, EINVAL, ENOSPC
 
+from ..devices.dma import Unmapped
 from ..devices.function import SoftwareFunction
 from ..devices.queue import DeviceQueue
-from ..devices.ring import Ring
+from ..devices.ring import Chain, Ring
 from ..spec import features as ft
 from ..virtqueue.layout import ring_layout
 
@@ -73,6 +74,15 @@ class Region:
         )
 
 
+@dataclass(frozen=True, eq=False)
+class Parked:
+    """A queue that was stopped because memory it uses was unmapped, and what was behind its three areas."""
+
+    queue: DeviceQueue
+    ring: Ring
+    places: list[tuple[int, int, int] | None]
+
+
 class Spans:
     """Disjoint stretches of bus addresses, each with an end, sorted by their start."""
 
@@ -117,13 +127,17 @@ class ClientMemory:
 
     def __init__(self, function: SoftwareFunction) -> None:
         self._function = function
+        self._parked: list[Parked] = []
         self._regions: dict[int, Region] = {}
         self._mapped = Spans()
         self._windows = Spans()
         self._files: dict[FileKey, File] = {}
 
-    def map(self, start: int, size: int, offset: int, writable: bool, fd: int | None) -> None:
+    def map(self, start: int, size: int, offset: int, writable: bool, fd: int | None) -> list[int]:
         """Carry out DMA_MAP; ``fd`` stays the caller's.
+
+        Returns:
+            Indexes of the queues that were stopped by DMA_UNMAP and go on, their memory being back.
 
         Raises:
             Objection: the region is empty, overlaps another, does not lie in the file or cannot be mapped.
@@ -143,6 +157,7 @@ class ClientMemory:
             if file is not None:
                 file.regions += 1
                 self._join(region)
+            return [queue.index for queue in self._resume()]
 
     def _join(self, region: Region) -> None:
         """Open the region's window, as one with those of its neighbours where they go on in each other."""
@@ -197,7 +212,7 @@ class ClientMemory:
             hit = self._mapped.overlapping(start, end)
             if any(low < start or end < high for low, high in hit):
                 raise Objection(EINVAL, f"{start:#x}/{size:#x} cuts a region")
-            stopped = [queue.index for queue in self._users(start, end)]
+            stopped = [queue.index for queue in self._park(start, end)]
             for low, high in self._windows.overlapping(start, end):
                 self._shut(low)
                 if low < start:
@@ -209,14 +224,55 @@ class ClientMemory:
                 self._forget(self._regions.pop(low))
         return stopped
 
-    def _users(self, start: int, end: int) -> Iterator[DeviceQueue]:
+    def _park(self, start: int, end: int) -> Iterator[DeviceQueue]:
         """Stop the queues that have rings or buffers in flight there."""
         for queue in self._function.device.queues:
             ring = queue.ring
             if ring is not None and _uses(queue, ring, start, end):
+                self._parked.append(Parked(queue, ring, [self._place(*area) for area in _areas(queue, ring)]))
                 queue.ring = None
-                self._function.model.queue_reset(queue)
+                for chain in ring.outstanding.values():
+                    chain.readable.clear()
+                    chain.writable.clear()
                 yield queue
+
+    def _resume(self) -> Iterator[DeviceQueue]:
+        """Let stopped queues go on whose memory is back: hypervisors unmap RAM to map it in other pieces."""
+        for parked in list(self._parked):
+            queue, ring = parked.queue, parked.ring
+            if not queue.enabled or queue.ring is not None:
+                self._parked.remove(parked)
+                continue
+            if [self._place(*area) for area in _areas(queue, ring)] != parked.places:
+                continue
+            try:
+                buffers = [(chain, *self._buffers(chain)) for chain in ring.outstanding.values()]
+            except Unmapped:
+                continue
+            for chain, readable, writable in buffers:
+                chain.readable[:], chain.writable[:] = readable, writable
+            queue.ring = ring
+            self._parked.remove(parked)
+            # Kicks came to nothing meanwhile.
+            self._function.device.poll()
+            yield queue
+
+    def _place(self, start: int, length: int) -> tuple[int, int, int] | None:
+        """Device, inode and offset of the file behind a stretch, None where no window holds all of it."""
+        windows = self._windows.overlapping(start, start + length)
+        if len(windows) != 1 or not windows[0][0] <= start <= start + length <= windows[0][1]:
+            return None
+        region = self._regions[windows[0][0]]
+        assert region.file is not None
+        return (*region.file.key[:2], region.offset + start - region.start)
+
+    def _buffers(self, chain: Chain) -> tuple[list[memoryview], list[memoryview]]:
+        """Memory of a chain's readable and writable elements as it is mapped now."""
+        spans = self._function.dma.spans
+        sides: tuple[list[memoryview], list[memoryview]] = ([], [])
+        for address, length, write in chain.elements:
+            sides[write] += spans(address, length, write=write)
+        return sides
 
     def _forget(self, region: Region) -> None:
         file = region.file
@@ -231,13 +287,18 @@ class ClientMemory:
         self.unmap(0, ADDRESSES)
 
 
-def _uses(queue: DeviceQueue, ring: Ring, start: int, end: int) -> bool:
+def _areas(queue: DeviceQueue, ring: Ring) -> list[tuple[int, int]]:
+    """Bus addresses and lengths of a queue's three areas."""
     layout = ring_layout(ring.size, bool(queue.owner.features >> ft.F_RING_PACKED & 1))
-    stretches = [
+    return [
         (queue.desc, layout.desc.size),
         (queue.driver, layout.driver.size),
         (queue.device, layout.device.size),
     ]
+
+
+def _uses(queue: DeviceQueue, ring: Ring, start: int, end: int) -> bool:
+    stretches = _areas(queue, ring)
     for chain in ring.outstanding.values():
         stretches += [(element.address, element.length) for element in chain.elements]
     return any(address < end and start < address + length for address, length in stretches)
