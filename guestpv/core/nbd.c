@@ -1,0 +1,596 @@
+#define _GNU_SOURCE
+#include "nbd.h"
+
+#include <errno.h>
+#include <poll.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/socket.h>
+#include <sys/uio.h>
+#include <time.h>
+#include <unistd.h>
+
+enum {
+    REQUEST_MAGIC = 0x25609513,
+    REPLY_MAGIC = 0x67446698,
+    REQUEST_BYTES = 28,
+    REPLY_BYTES = 16,
+    CMD_READ = 0,
+    CMD_WRITE = 1,
+    CMD_DISC = 2,
+    CMD_FLUSH = 3,
+    CMD_TRIM = 4,
+    CMD_WRITE_ZEROES = 6,
+    FLAG_FUA = 1,
+    FLAG_NO_HOLE = 2,
+    T_IN = 0,
+    T_OUT = 1,
+    T_FLUSH = 4,
+    T_DISCARD = 11,
+    T_WRITE_ZEROES = 13,
+    S_UNSUPP = 2,
+    SECTOR = 512,
+    RANGE_BYTES = 16,
+    MOST_RANGES = SECTOR / RANGE_BYTES,
+    UNMAP = 1,
+    BATCH = 64,
+    MOST_PIECES = GPV_NBD_SLOTS + 1,
+    INPUT = 16384,
+};
+#define NONE UINT32_MAX
+
+/* What one request of the client has come to. */
+struct op {
+    uint8_t handle[8];
+    uint64_t offset;        /* of ranges: where the next virtio request begins */
+    uint32_t length;
+    uint32_t rest;          /* bytes of ranges that no virtio request covers yet */
+    uint16_t command, flags;
+    uint32_t error;         /* NBD error for the answer */
+    uint32_t outstanding;   /* virtio requests */
+    uint32_t first_slot, last_slot;
+    uint32_t next;          /* in the list of the finished, or of the free */
+    int flushing;
+    int busy;
+};
+
+struct gpv_nbd {
+    struct gpv_nbd_config c;
+    struct gpv_nbd_counters n;
+    struct op *ops;         /* as many as slots: each has one at least */
+    uint32_t free_op, free_slot, free_slots;
+    uint32_t *slot_next, *slot_op;
+    uint32_t finished, finished_last;
+    uint32_t busy;          /* ops with the device */
+    uint32_t added;         /* since the last publish */
+    int blocked;            /* the next request has to wait for slots */
+    int ending;
+    uint32_t have, used;    /* of `input`: filled, and consumed from its start */
+    uint8_t input[INPUT];
+};
+
+static void count(uint64_t *counter, uint64_t by)
+{
+    /* One writer; the store is atomic so that a reader in another thread never sees half of it. */
+    __atomic_store_n(counter, *counter + by, __ATOMIC_RELAXED);
+}
+
+static uint64_t get_be(const uint8_t *from, int bytes)
+{
+    uint64_t value = 0;
+    while (bytes--)
+        value = value << 8 | *from++;
+    return value;
+}
+
+static void put_be32(uint8_t *to, uint32_t value)
+{
+    for (int i = 0; i < 4; i++)
+        to[i] = (uint8_t)(value >> (24 - 8 * i));
+}
+
+static void put_le(uint8_t *to, uint64_t value, int bytes)
+{
+    for (int i = 0; i < bytes; i++)
+        to[i] = (uint8_t)(value >> 8 * i);
+}
+
+struct gpv_nbd *gpv_nbd_new(const struct gpv_nbd_config *config)
+{
+    struct gpv_nbd *e = config->slot_count <= GPV_NBD_SLOTS ? calloc(1, sizeof *e) : NULL;
+    if (!e)
+        return NULL;
+    e->c = *config;
+    e->ops = calloc(config->slot_count, sizeof *e->ops);
+    e->slot_next = calloc(config->slot_count, sizeof *e->slot_next);
+    e->slot_op = calloc(config->slot_count, sizeof *e->slot_op);
+    if (!e->ops || !e->slot_next || !e->slot_op) {
+        gpv_nbd_free(e);
+        return NULL;
+    }
+    for (uint32_t i = 0; i < config->slot_count; i++) {
+        e->ops[i].next = e->slot_next[i] = i + 1 < config->slot_count ? i + 1 : NONE;
+    }
+    e->free_slots = config->slot_count;
+    e->finished = e->finished_last = NONE;
+    return e;
+}
+
+void gpv_nbd_free(struct gpv_nbd *e)
+{
+    if (e) {
+        free(e->ops);
+        free(e->slot_next);
+        free(e->slot_op);
+        free(e);
+    }
+}
+
+const struct gpv_nbd_counters *gpv_nbd_counters(const struct gpv_nbd *e)
+{
+    return &e->n;
+}
+
+void gpv_nbd_resize(struct gpv_nbd *e, uint64_t capacity)
+{
+    __atomic_store_n(&e->c.capacity, capacity, __ATOMIC_RELAXED);
+}
+
+static uint8_t *data_of(const struct gpv_nbd *e, uint32_t slot)
+{
+    return e->c.data + (size_t)slot * e->c.data_size;
+}
+
+static uint32_t slots_for(const struct gpv_nbd *e, uint32_t length)
+{
+    return length ? (length - 1) / e->c.data_size + 1 : 1;
+}
+
+static void take_slots(struct gpv_nbd *e, uint32_t op, uint32_t number)
+{
+    struct op *o = &e->ops[op];
+    o->first_slot = NONE;
+    while (number--) {
+        uint32_t slot = e->free_slot;
+        e->free_slot = e->slot_next[slot];
+        e->free_slots--;
+        e->slot_op[slot] = op;
+        e->slot_next[slot] = NONE;
+        if (o->first_slot == NONE)
+            o->first_slot = slot;
+        else
+            e->slot_next[o->last_slot] = slot;
+        o->last_slot = slot;
+    }
+}
+
+static void finish(struct gpv_nbd *e, struct op *o)
+{
+    uint32_t op = (uint32_t)(o - e->ops);
+    o->next = NONE;
+    if (e->finished == NONE)
+        e->finished = op;
+    else
+        e->ops[e->finished_last].next = op;
+    e->finished_last = op;
+    if (o->error)
+        count(&e->n.errors, 1);
+    if (o->busy)
+        e->busy--;
+    o->busy = 0;
+}
+
+static int32_t add(struct gpv_nbd *e, struct op *o, uint32_t slot, uint32_t type, uint64_t sector, uint32_t bytes)
+{
+    uint8_t *memory = e->c.slots + (size_t)slot * e->c.stride;
+    put_le(memory, type, 4);
+    put_le(memory + 4, 0, 4);
+    put_le(memory + 8, sector, 8);
+    memory[GPV_BLK_STATUS] = GPV_BLK_UNKNOWN;
+    struct gpv_segment segments[3] = { { e->c.header_bus[slot], 16 } };
+    uint32_t number = 1;
+    if (bytes)
+        segments[number++] = (struct gpv_segment){ e->c.data_bus[slot], bytes };
+    segments[number++] = (struct gpv_segment){ e->c.status_bus[slot], 1 };
+    uint32_t writable = type == T_IN ? 2 : 1;
+    uint64_t expected = type == T_IN ? bytes + 1 : 1;
+    int32_t id = gpv_add(e->c.queue, segments, number - writable, writable, expected << 32 | slot);
+    if (id < 0)
+        return id;
+    o->outstanding++;
+    e->added++;
+    count(&e->n.requests, 1);
+    return 0;
+}
+
+/* The next virtio request of a discard or write zeroes: as many ranges as the device takes. */
+static int32_t add_ranges(struct gpv_nbd *e, struct op *o)
+{
+    int discard = o->command == CMD_TRIM;
+    uint32_t most = discard ? e->c.discard_ranges : e->c.zeroes_ranges;
+    uint64_t longest = (uint64_t)(discard ? e->c.discard_sectors : e->c.zeroes_sectors) * SECTOR;
+    uint32_t flags = !discard && !(o->flags & FLAG_NO_HOLE) ? UNMAP : 0;
+    uint8_t *range = data_of(e, o->first_slot);
+    uint32_t number = 0;
+    for (; o->rest && number < most && number < MOST_RANGES; number++, range += RANGE_BYTES) {
+        uint32_t bytes = o->rest < longest ? o->rest : (uint32_t)longest;
+        put_le(range, o->offset / SECTOR, 8);
+        put_le(range + 8, bytes / SECTOR, 4);
+        put_le(range + 12, flags, 4);
+        o->offset += bytes;
+        o->rest -= bytes;
+    }
+    return add(e, o, o->first_slot, discard ? T_DISCARD : T_WRITE_ZEROES, 0, number * RANGE_BYTES);
+}
+
+/* Every virtio request of the op is back: go on with it, or put it among the finished. */
+static int32_t proceed(struct gpv_nbd *e, struct op *o)
+{
+    if (!o->error && o->rest)
+        return add_ranges(e, o);
+    if (!o->error && o->flags & FLAG_FUA && e->c.volatile_cache && !o->flushing && o->command != CMD_READ
+        && o->command != CMD_FLUSH) {
+        o->flushing = 1;
+        return add(e, o, o->first_slot, T_FLUSH, 0, 0);
+    }
+    finish(e, o);
+    return 0;
+}
+
+/* Returns how many virtio requests came back, or a negative code. */
+static int32_t reap(struct gpv_nbd *e)
+{
+    uint32_t lengths[BATCH];
+    uint64_t cookies[BATCH];
+    int32_t total = 0, got;
+    do {
+        got = gpv_reap(e->c.queue, NULL, lengths, cookies, BATCH);
+        if (got < 0)
+            return got;
+        for (int32_t i = 0; i < got; i++) {
+            uint32_t slot = (uint32_t)cookies[i];
+            struct op *o = &e->ops[e->slot_op[slot]];
+            uint8_t status = e->c.slots[(size_t)slot * e->c.stride + GPV_BLK_STATUS];
+            if (status == 0 && lengths[i] < (uint32_t)(cookies[i] >> 32))
+                status = GPV_BLK_SHORT;
+            if (status && !o->error)
+                o->error = status == S_UNSUPP ? EOPNOTSUPP : EIO;
+            if (--o->outstanding == 0) {
+                int32_t result = proceed(e, o);
+                if (result < 0)
+                    return result;
+            }
+        }
+        total += got;
+    } while (got == BATCH);
+    return total;
+}
+
+static int32_t send_all(struct gpv_nbd *e, struct iovec *pieces, size_t number)
+{
+    struct msghdr message = { .msg_iov = pieces, .msg_iovlen = number };
+    while (message.msg_iovlen) {
+        ssize_t sent = sendmsg(e->c.socket, &message, MSG_NOSIGNAL);
+        if (sent < 0) {
+            if (errno == EINTR)
+                continue;
+            return GPV_NBD_ERRNO - errno;
+        }
+        while (message.msg_iovlen && (size_t)sent >= message.msg_iov->iov_len) {
+            sent -= (ssize_t)message.msg_iov->iov_len;
+            message.msg_iov++;
+            message.msg_iovlen--;
+        }
+        if (message.msg_iovlen) {
+            message.msg_iov->iov_base = (uint8_t *)message.msg_iov->iov_base + sent;
+            message.msg_iov->iov_len -= (size_t)sent;
+        }
+    }
+    return 0;
+}
+
+static void release(struct gpv_nbd *e, struct op *o)
+{
+    if (o->first_slot != NONE) {
+        for (uint32_t slot = o->first_slot; slot != NONE; slot = e->slot_next[slot])
+            e->free_slots++;
+        e->slot_next[o->last_slot] = e->free_slot;
+        e->free_slot = o->first_slot;
+    }
+    o->next = e->free_op;
+    e->free_op = (uint32_t)(o - e->ops);
+    e->blocked = 0;
+}
+
+/* Answers everything that is finished, many answers in one system call. */
+static int32_t answer(struct gpv_nbd *e)
+{
+    int32_t answered = 0;
+    while (e->finished != NONE) {
+        struct iovec pieces[MOST_PIECES];
+        uint8_t heads[BATCH][REPLY_BYTES];
+        uint32_t ops[BATCH], number = 0, piece = 0;
+        while (e->finished != NONE && number < BATCH) {
+            struct op *o = &e->ops[e->finished];
+            int with_data = o->command == CMD_READ && !o->error;
+            uint32_t needed = 1 + (with_data ? slots_for(e, o->length) : 0);
+            if (piece && piece + needed > MOST_PIECES)
+                break;
+            put_be32(heads[number], REPLY_MAGIC);
+            put_be32(heads[number] + 4, o->error);
+            memcpy(heads[number] + 8, o->handle, sizeof o->handle);
+            pieces[piece++] = (struct iovec){ heads[number], REPLY_BYTES };
+            if (with_data) {
+                uint32_t left = o->length;
+                for (uint32_t slot = o->first_slot; left; slot = e->slot_next[slot]) {
+                    uint32_t bytes = left < e->c.data_size ? left : e->c.data_size;
+                    pieces[piece++] = (struct iovec){ data_of(e, slot), bytes };
+                    left -= bytes;
+                }
+                count(&e->n.bytes_read, o->length);
+            }
+            ops[number++] = e->finished;
+            e->finished = o->next;
+        }
+        int32_t result = send_all(e, pieces, piece);
+        for (uint32_t i = 0; i < number; i++)
+            release(e, &e->ops[ops[i]]);
+        if (result < 0)
+            return result;
+        answered += (int32_t)number;
+    }
+    return answered;
+}
+
+static int32_t receive_all(struct gpv_nbd *e, uint8_t *to, size_t bytes)
+{
+    size_t ready = e->have - e->used < bytes ? e->have - e->used : bytes;
+    memcpy(to, e->input + e->used, ready);
+    e->used += (uint32_t)ready;
+    while (ready < bytes) {
+        ssize_t got = recv(e->c.socket, to + ready, bytes - ready, MSG_WAITALL);
+        if (got < 0 && errno == EINTR)
+            continue;
+        if (got < 0)
+            return GPV_NBD_ERRNO - errno;
+        if (got == 0)
+            return GPV_NBD_ERRNO - EPIPE;
+        ready += (size_t)got;
+    }
+    return 0;
+}
+
+/* NBD error for a request that is not given to the device, 0 for one that is. */
+static uint32_t refuse(const struct gpv_nbd *e, const struct op *o)
+{
+    uint64_t capacity = __atomic_load_n(&e->c.capacity, __ATOMIC_RELAXED);
+    int ranges = o->command == CMD_TRIM || o->command == CMD_WRITE_ZEROES;
+    if (o->command == CMD_FLUSH)
+        return 0;
+    if (o->command > CMD_WRITE_ZEROES || o->command == 5)
+        return EINVAL;
+    if (o->command != CMD_READ && e->c.read_only)
+        return EPERM;
+    if ((o->command == CMD_TRIM && !e->c.discard_ranges)
+        || (o->command == CMD_WRITE_ZEROES && !e->c.zeroes_ranges))
+        return EOPNOTSUPP;
+    if (o->offset % e->c.block_size || o->length % e->c.block_size || !o->length
+        || (!ranges && slots_for(e, o->length) > e->c.slot_count))
+        return EINVAL;
+    if (o->offset > capacity || o->length > capacity - o->offset)
+        return o->command == CMD_READ ? EINVAL : ENOSPC;
+    return 0;
+}
+
+static int32_t skip(struct gpv_nbd *e, uint32_t bytes)
+{
+    uint8_t waste[4096];
+    while (bytes) {
+        uint32_t part = bytes < sizeof waste ? bytes : sizeof waste;
+        int32_t result = receive_all(e, waste, part);
+        if (result < 0)
+            return result;
+        bytes -= part;
+    }
+    return 0;
+}
+
+static int32_t transfer(struct gpv_nbd *e, struct op *o)
+{
+    uint64_t offset = o->offset;
+    uint32_t left = o->length;
+    for (uint32_t slot = o->first_slot; left; slot = e->slot_next[slot]) {
+        uint32_t bytes = left < e->c.data_size ? left : e->c.data_size;
+        int32_t result = 0;
+        if (o->command == CMD_WRITE)
+            result = receive_all(e, data_of(e, slot), bytes);
+        if (result == 0)
+            result = add(e, o, slot, o->command == CMD_WRITE ? T_OUT : T_IN, offset / SECTOR, bytes);
+        if (result < 0)
+            return result;
+        offset += bytes;
+        left -= bytes;
+    }
+    return 0;
+}
+
+/* Begins the request whose header is next in the input. 1: done; 0: no room, or it was the end; or a negative code. */
+static int32_t begin(struct gpv_nbd *e)
+{
+    const uint8_t *head = e->input + e->used;
+    if (get_be(head, 4) != REQUEST_MAGIC)
+        return GPV_NBD_PROTOCOL;
+    struct op asked = {
+        .flags = (uint16_t)get_be(head + 4, 2),
+        .command = (uint16_t)get_be(head + 6, 2),
+        .offset = get_be(head + 16, 8),
+        .length = (uint32_t)get_be(head + 24, 4),
+        .first_slot = NONE,
+    };
+    memcpy(asked.handle, head + 8, sizeof asked.handle);
+    if (asked.command == CMD_DISC) {
+        e->ending = 1;
+        return 0;
+    }
+    asked.error = refuse(e, &asked);
+    int data = asked.command == CMD_READ || asked.command == CMD_WRITE;
+    uint32_t slots = asked.error ? 0 : data ? slots_for(e, asked.length) : 1;
+    if (e->free_op == NONE || e->free_slots < slots) {
+        e->blocked = 1;
+        return 0;
+    }
+    e->used += REQUEST_BYTES;
+    uint32_t op = e->free_op;
+    struct op *o = &e->ops[op];
+    e->free_op = o->next;
+    *o = asked;
+    if (o->error) {
+        int32_t result = o->command == CMD_WRITE ? skip(e, o->length) : 0;
+        finish(e, o);
+        return result < 0 ? result : 1;
+    }
+    take_slots(e, op, slots);
+    o->busy = 1;
+    e->busy++;
+    int32_t result = 0;
+    switch (o->command) {
+    case CMD_READ:
+        count(&e->n.reads, 1);
+        result = transfer(e, o);
+        break;
+    case CMD_WRITE:
+        count(&e->n.writes, 1);
+        count(&e->n.bytes_written, o->length);
+        result = transfer(e, o);
+        break;
+    case CMD_FLUSH:
+        count(&e->n.flushes, 1);
+        if (e->c.volatile_cache)
+            result = add(e, o, o->first_slot, T_FLUSH, 0, 0);
+        else
+            finish(e, o);
+        break;
+    default:
+        count(o->command == CMD_TRIM ? &e->n.discards : &e->n.zeroes, 1);
+        o->rest = o->length;
+        result = add_ranges(e, o);
+    }
+    return result < 0 ? result : 1;
+}
+
+/* Takes in what the client asks for. Returns how many requests, or a negative code. */
+static int32_t receive(struct gpv_nbd *e)
+{
+    int32_t begun = 0;
+    while (!e->ending && !e->blocked && begun < BATCH) {
+        if (e->have - e->used < REQUEST_BYTES) {
+            memmove(e->input, e->input + e->used, e->have - e->used);
+            e->have -= e->used;
+            e->used = 0;
+            ssize_t got = recv(e->c.socket, e->input + e->have, INPUT - e->have, MSG_DONTWAIT);
+            if (got < 0 && errno == EINTR)
+                continue;
+            if (got < 0 && errno == EAGAIN)
+                break;
+            if (got < 0 && errno != ECONNRESET)
+                return GPV_NBD_ERRNO - errno;
+            if (got <= 0) {
+                e->ending = 1;
+                break;
+            }
+            e->have += (uint32_t)got;
+            continue;
+        }
+        int32_t result = begin(e);
+        if (result < 0)
+            return result;
+        begun += result;
+    }
+    return begun;
+}
+
+static int64_t now_ns(void)
+{
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (int64_t)t.tv_sec * 1000000000 + t.tv_nsec;
+}
+
+/* Nothing to do: look a little longer if the device has work, then sleep. Returns 0, or a negative code. */
+static int32_t sleep_until_work(struct gpv_nbd *e)
+{
+    int32_t pending = 0;
+    if (e->busy && e->c.spin_ns) {
+        int64_t until = now_ns() + e->c.spin_ns;
+        do
+            pending = gpv_pending(e->c.queue);
+        while (pending == 0 && now_ns() < until);
+    }
+    if (pending == 0 && e->busy && e->c.queue_fd >= 0)
+        pending = gpv_arm(e->c.queue);
+    if (pending == 0) {
+        struct pollfd fds[] = {
+            { .fd = e->ending ? -1 : e->c.stop_fd, .events = POLLIN },
+            { .fd = e->ending || e->blocked ? -1 : e->c.socket, .events = POLLIN },
+            { .fd = e->busy ? e->c.queue_fd : -1, .events = POLLIN },
+        };
+        if (poll(fds, 3, e->busy && e->c.queue_fd < 0 ? 0 : -1) < 0 && errno != EINTR)
+            return GPV_NBD_ERRNO - errno;
+        count(&e->n.wakeups, 1);
+        if (fds[0].revents)
+            e->ending = 1;
+        uint64_t events;
+        if (fds[2].revents & POLLIN && read(e->c.queue_fd, &events, sizeof events) == sizeof events)
+            count(&e->n.interrupts, events);
+    }
+    if (e->c.queue_fd >= 0)
+        gpv_disarm(e->c.queue);
+    return pending < 0 ? pending : 0;
+}
+
+static int32_t serve(struct gpv_nbd *e)
+{
+    for (;;) {
+        int32_t back = reap(e);
+        if (back < 0)
+            return back;
+        int32_t begun = receive(e);
+        if (begun < 0)
+            return begun;
+        if (e->added) {
+            e->added = 0;
+            int32_t result = gpv_publish(e->c.queue);
+            if (result < 0)
+                return result;
+        }
+        /* Answers go out while the device already has the next requests. */
+        int32_t answered = answer(e);
+        if (answered < 0)
+            return answered;
+        if (e->ending && !e->busy)
+            return 0;
+        if (back || begun || answered)
+            continue;
+        int32_t result = sleep_until_work(e);
+        if (result < 0)
+            return result;
+    }
+}
+
+int32_t gpv_nbd_run(struct gpv_nbd *e)
+{
+    gpv_queue_own(e->c.queue);
+    gpv_disarm(e->c.queue);
+    int32_t result = serve(e);
+    if (result < 0) {
+        /* Whatever became of it, nobody may wait for it for ever, nor take it for done. */
+        for (uint32_t i = 0; i < e->c.slot_count; i++) {
+            if (e->ops[i].busy) {
+                e->ops[i].error = EIO;
+                finish(e, &e->ops[i]);
+            }
+        }
+        answer(e);
+    }
+    return result;
+}
