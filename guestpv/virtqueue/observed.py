@@ -13,16 +13,10 @@ from typing import Any, ClassVar, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from guestpv.core._observing import ffi, lib
+
 from .kick import run
 from .queue import Virtqueue
-
-try:
-    from guestpv.core._observing import ffi, lib  # type: ignore[import-not-found]
-except ImportError as error:
-    raise ImportError(
-        "the observing build of the core is not there; build it in a checkout with:"
-        " python setup.py build_ext --inplace"
-    ) from error
 
 KINDS = {
     lib.GPV_SAW_LOAD: "load",

@@ -19,14 +19,9 @@ EVENTS = pytest.mark.parametrize("extra", [(), ("EVENT_IDX",)], ids=["flags", "e
 
 @pytest.fixture(scope="module")
 def observed() -> Any:
-    """The queue type on the observing build, which is compiled here if it is not there yet."""
-    try:
-        from guestpv.virtqueue.observed import ObservedVirtqueue
-    except ImportError:
-        from guestpv.core import build
+    """The queue type on the observing build."""
+    from guestpv.virtqueue.observed import ObservedVirtqueue
 
-        build.observing.compile()
-        from guestpv.virtqueue.observed import ObservedVirtqueue
     return ObservedVirtqueue
 
 

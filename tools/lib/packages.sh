@@ -18,6 +18,13 @@ packages_of() {
         echo "libc6-dev /usr/include/stdlib.h"
         echo "libudev1 lib:libudev.so.1"
         ;;
+    unit) # the C core under sanitizers, in a weak memory model, and for aarch64
+        echo "g++ g++"
+        echo "relacy-dev dpkg:relacy-dev"
+        echo "gcc-aarch64-linux-gnu aarch64-linux-gnu-gcc"
+        echo "libc6-dev-arm64-cross dpkg:libc6-dev-arm64-cross"
+        echo "qemu-user-static qemu-aarch64-static"
+        ;;
     qemu) # real devices without a guest
         echo "qemu-system-x86 qemu-system-x86_64"
         echo "qemu-utils qemu-storage-daemon" # Debian 12 has it in qemu-system-common, which qemu-system-x86 needs
