@@ -114,7 +114,7 @@ def test_senseless_requests_are_refused(size: int, align: int) -> None:
         DmaPool(PagedSpace(run=512)).allocate(size, align=align)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(
     st.lists(
         st.tuples(st.integers(1, 3 * PAGE), st.sampled_from([1, 16, 64, PAGE]), st.booleans()),
