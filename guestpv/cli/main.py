@@ -23,6 +23,7 @@ VERBS: Final = {
     "net": ("net:net", "Drive a network device as a network link."),
     "balloon": ("balloon:balloon", "Lend memory to the host through a balloon."),
     "serve": ("serve:serve", "Put a device model on a socket for QEMU to attach."),
+    "blk": ("blk:blk", "Drive a disk as a block device, or directly."),
     "completion": ("completion:completion", "Print the shell's completion script."),
 }
 """Verb -> where its command is, and its line of help (so that help imports nothing)."""

@@ -1,0 +1,127 @@
+"""``guestpv blk up``: drive a disk as a block device of this machine."""
+
+from __future__ import annotations
+
+import os
+import time
+from typing import Any
+
+import click
+
+from .completion import complete_address
+from .report import Report, reporting
+
+EXAMPLE = """\b
+Examples:
+  guestpv blk up                          the only disk that can be driven
+  guestpv blk up 0000:03:00.0 --detach    in the background
+  guestpv blk up --index 3 --queues 2
+"""
+
+
+@click.command(epilog=EXAMPLE)
+@click.argument("spec", required=False, shell_complete=complete_address)
+@click.option(
+    "--features",
+    default="",
+    metavar="LIST",
+    help="Insist on features (+a) or leave them out (-b): +mq,-ring_packed.",
+)
+@click.option("--index", type=click.IntRange(0, 255), help="N of /dev/nbdN.  [default: a free one]")
+@click.option(
+    "--queues",
+    type=click.IntRange(1, 64),
+    help="Queues, each with a connection and a thread.  [default: one for each processor, at most 4]",
+)
+@click.option("--poll", is_flag=True, help="Spin instead of waiting for interrupts: faster, costs a CPU.")
+@click.option("--detach", is_flag=True, help="Return once it is up; `guestpv blk down` ends it.")
+@click.option("--force", is_flag=True, help="Also when the machine uses it, as a mounted disk for example.")
+@reporting
+def up(
+    report: Report,
+    spec: str | None,
+    features: str,
+    index: int | None,
+    queues: int | None,
+    poll: bool,
+    detach: bool,
+    force: bool,
+) -> None:
+    """Drive the disk SPEC as a block device of this machine, /dev/nbdN.
+
+    Takes the function from the kernel's driver if it has to, and serves the kernel's network block device
+    until Ctrl-C, SIGTERM or `guestpv blk down`; while it is mounted these wait. Then what the kernel has in
+    memory is written, flushed, and the kernel gets the function back.
+
+    A flush, and a write with FUA, is answered when the device has answered a flush of its own: what a file
+    system or a database relies on holds here as it does with the kernel's driver.
+    """
+    from ..services.control import detach as run_detached
+    from .blk_session import BlkSession, Wishes
+
+    wishes = Wishes(spec=spec, features=features, index=index, queues=queues, poll=poll, force=force)
+    if detach:
+
+        def is_up(data: dict[str, Any]) -> None:
+            report.done(data, lambda: show(data, f"Up in the background, process {data['pid']}."))
+
+        run_detached(lambda ready: in_background(wishes, ready), is_up)
+        return
+
+    def ready(status: dict[str, Any]) -> None:
+        report.done(status, lambda: show(status, "Up. Ctrl-C gives the function back."))
+
+    def tell(event: str) -> None:
+        if report.as_json:
+            report.event(event)
+        else:
+            report.say(event)
+
+    BlkSession(wishes, tell).run(ready, lambda status: None)
+
+
+def in_background(wishes: Any, ready: Any) -> None:
+    """Run a session whose events go into a log file beside its control socket."""
+    from .blk_session import BlkSession, directory
+
+    def tell(event: str) -> None:
+        os.write(1, f"{time.strftime('%F %T')} {event}\n".encode())
+
+    def start_log(status: dict[str, Any]) -> None:
+        path = os.path.join(directory(), f"{status['name']}.log")
+        log = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        os.dup2(log, 1)
+        os.dup2(log, 2)
+        os.close(log)
+        tell("up")
+        ready(status | {"log": path})
+
+    BlkSession(wishes, tell).run(start_log, lambda status: None)
+
+
+def show(status: dict[str, Any], closing: str) -> None:
+    """What is up, for a person."""
+    from .tables import console, pairs
+
+    out = console()
+    out.print(pairs(describe(status)))
+    out.print(closing)
+
+
+def describe(status: dict[str, Any]) -> list[tuple[str, str]]:
+    """What is up, as names and values."""
+    from .counters import amount
+
+    cache = "read-only" if status["read_only"] else f"{status['cache']} cache"
+    size = amount(status["capacity"], "B", 1024)
+    rows = [
+        ("device", f"{status['function']}, interrupts: {status['mode']}"),
+        ("features", " ".join(status["features"])),
+        ("disk", f"{status['path']}, {size}, blocks of {status['block_size']} bytes, {cache}"),
+        ("connections", str(status["connections"])),
+    ]
+    if status["stays_bound"]:
+        rows.insert(
+            1, ("", f"was bound to vfio-pci before, and stays so (guestpv unbind {status['function']})")
+        )
+    return rows
