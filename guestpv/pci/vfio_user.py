@@ -323,6 +323,9 @@ class VfioUserFunction:
         path: the server's socket.
         timeout: seconds that the server has for each answer.
 
+    Attributes:
+        session: the connection to the server.
+
     Raises:
         UsageError: nobody listens there.
         ProtocolError: who listens does not speak vfio-user.
@@ -332,27 +335,27 @@ class VfioUserFunction:
     translated = False
 
     def __init__(self, path: str, *, timeout: float = DEFAULT_TIMEOUT) -> None:
-        self._session = Session(path, timeout)
-        self.name = self._session.name
+        self.session = Session(path, timeout)
+        self.name = self.session.name
         self._bars: dict[int, VfioUserBar] = {}
         self._events: dict[int, list[int]] = {}
         self._closed = False
         try:
-            self._info, _ = self._session.call(wire.GET_INFO, wire.DeviceInfo(wire.DEVICE_INFO_FORM.size))
+            self._info, _ = self.session.call(wire.GET_INFO, wire.DeviceInfo(wire.DEVICE_INFO_FORM.size))
             if not self._info.flags & wire.DeviceFlag.PCI:
                 raise GuestpvError("what it serves is no PCI device", where=self.name)
         except BaseException:
-            self._session.close()
+            self.session.close()
             raise
-        self.dma = VfioUserMemory(self._session)
+        self.dma = VfioUserMemory(self.session)
 
     def config_read(self, offset: int, width: int) -> int:
         """Read 1, 2 or 4 bytes of PCI configuration space."""
-        return read_region(self._session, wire.CONFIG_REGION, offset, width)
+        return read_region(self.session, wire.CONFIG_REGION, offset, width)
 
     def config_write(self, offset: int, width: int, value: int) -> None:
         """Write 1, 2 or 4 bytes of PCI configuration space."""
-        write_region(self._session, wire.CONFIG_REGION, offset, width, value)
+        write_region(self.session, wire.CONFIG_REGION, offset, width, value)
 
     def bar(self, index: int) -> VfioUserBar:
         """The window of BAR ``index``, asked for at the first call.
@@ -364,11 +367,11 @@ class VfioUserFunction:
             if not wire.BAR0_REGION <= index <= wire.BAR5_REGION:
                 raise UsageError(f"a PCI function has BARs 0 to 5, not {index}", where=self.name)
             question = wire.RegionInfo(wire.MAX_DATA, index=index)
-            info, fds = self._session.call(wire.GET_REGION_INFO, question)
+            info, fds = self.session.call(wire.GET_REGION_INFO, question)
             try:
                 if not info.size:
                     raise UsageError(f"it has no BAR {index}", where=self.name)
-                self._bars[index] = VfioUserBar(self._session, index, info, fds[0] if fds else None)
+                self._bars[index] = VfioUserBar(self.session, index, info, fds[0] if fds else None)
             finally:
                 wire.close_all(fds)
         return self._bars[index]
@@ -441,14 +444,14 @@ class VfioUserFunction:
         if index >= self._info.num_irqs:
             return question
         try:
-            return self._session.call(wire.GET_IRQ_INFO, question)[0]
+            return self.session.call(wire.GET_IRQ_INFO, question)[0]
         except CommandRefused:
             return question
 
     def _arm(self, index: int, count: int) -> list[int]:
         fds = [SYSTEM.eventfd() for _ in range(count)]
         try:
-            step = self._session.max_fds
+            step = self.session.max_fds
             for start in range(0, count, step):
                 part = fds[start : start + step]
                 flags = IrqSetFlag.DATA_EVENTFD | IrqSetFlag.ACTION_TRIGGER
@@ -461,7 +464,7 @@ class VfioUserFunction:
 
     def _set_irqs(self, flags: int, index: int, start: int, count: int, fds: Sequence[int] = ()) -> None:
         action = wire.IrqSet(wire.IRQ_SET_FORM.size, flags, index, start, count)
-        self._session.call(wire.SET_IRQS, action, fds)
+        self.session.call(wire.SET_IRQS, action, fds)
 
     def _msix_control(self, enable: int) -> None:
         """Enable MSI-X in configuration space too: some servers look at it."""
@@ -485,7 +488,7 @@ class VfioUserFunction:
             return False
         with contextlib.suppress(DeviceGone):
             command = self.config_read(spec.PCI_CONFIG_COMMAND, 2)
-            self._session.call(wire.RESET, wire.Nothing())
+            self.session.call(wire.RESET, wire.Nothing())
             self.config_write(spec.PCI_CONFIG_COMMAND, 2, command)
         return True
 
@@ -496,7 +499,7 @@ class VfioUserFunction:
         self._closed = True
         with ExitStack() as every:
             every.callback(wire.close_all, [fd for fds in self._events.values() for fd in fds])
-            every.callback(self._session.close)
+            every.callback(self.session.close)
             for bar in self._bars.values():
                 every.callback(bar.close)
 

@@ -52,6 +52,8 @@ from .vfio_user_memory import ADDRESSES, MAX_MAPS, ClientMemory, Objection
 
 MESSAGE_SECONDS: Final = 5.0
 """What a client has to finish a message that it began, or to take an answer."""
+QUIET_SECONDS: Final = 0.05
+"""After so long without a message a hypervisor is taken to have mapped all the memory it meant to."""
 LIMITS: Final = {
     "max_msg_fds": wire.MAX_FDS,
     "max_data_xfer_size": wire.MAX_DATA,
@@ -81,6 +83,7 @@ class Connection:
         self._greeted = False
         self._vectors: dict[int, int] = {}
         self._intx = -1
+        self._intx_masked = False
         self._handlers: dict[int, Handler] = {
             Command.VERSION: self._version,
             Command.DMA_MAP: self._dma_map,
@@ -118,11 +121,13 @@ class Connection:
             raise ProtocolError(f"command {message.command} came before VERSION", where=self.channel.name)
         if exchange is None:
             return message.refuse(ENOTSUP)
+        if exchange not in (wire.DMA_MAP, wire.DMA_UNMAP):
+            self.resume()
         try:
             return message.answer(self._answer(exchange, message.payload, fds))
         except (Objection, ProtocolError) as error:
             self._tell(f"{exchange.command.name} refused: {error}")
-            if exchange is wire.VERSION:
+            if not self._greeted:
                 raise ProtocolError(str(error), where=self.channel.name) from None
             return message.refuse(error.errno if isinstance(error, Objection) else EINVAL)
 
@@ -148,9 +153,7 @@ class Connection:
         if not asked.flags & DmaFlag.READ:
             raise Objection(EINVAL, "memory that cannot be read")
         writable = bool(asked.flags & DmaFlag.WRITE)
-        fd = fds[0] if fds else None
-        for index in self._memory.map(asked.address, asked.size, asked.offset, writable, fd):
-            self._tell(f"queue {index} goes on: its memory is mapped again")
+        self._memory.map(asked.address, asked.size, asked.offset, writable, fds[0] if fds else None)
         return wire.Nothing()
 
     def _dma_unmap(self, asked: DmaUnmap, fds: list[int]) -> DmaUnmap:
@@ -159,6 +162,21 @@ class Connection:
         for index in self._memory.unmap(start, size):
             self._tell(f"queue {index} stopped: memory that it uses was unmapped ({start:#x}/{size:#x})")
         return asked
+
+    @property
+    def may_resume(self) -> bool:
+        """Whether stopped queues might have their memory back."""
+        return self._memory.may_resume
+
+    def resume(self) -> None:
+        """Let stopped queues go on whose memory is back.
+
+        Not at DMA_MAP itself: hypervisors unmap all RAM to map it in other pieces, and buffers of the queue
+        may lie in one that is still to come.
+        """
+        if self._memory.may_resume:
+            for index in self._memory.resume():
+                self._tell(f"queue {index} goes on: its memory is mapped again")
 
     # Regions
 
@@ -269,14 +287,19 @@ class Connection:
         self.function.set_irqs({})
         wire.close_all(self._vectors.values())
         self._vectors.clear()
-        # Disabling MSI-X took the eventfd of INTx away, too.
-        self.function.set_intx(self._intx if self._intx >= 0 else None)
+        # That took the eventfd of INTx away, too.
+        self._show_intx()
 
     def _set_intx(self, fd: int) -> None:
-        self.function.set_intx(fd if fd >= 0 else None)
-        if self._intx >= 0:
-            os.close(self._intx)
-        self._intx = fd
+        old, self._intx = self._intx, fd
+        self._intx_masked = False
+        self._show_intx()
+        if old >= 0:
+            os.close(old)
+
+    def _show_intx(self) -> None:
+        """Attach INTx's eventfd, which also lets the next event through; or take it away."""
+        self.function.set_intx(None if self._intx < 0 or self._intx_masked else self._intx)
 
     def _act(self, index: int, action: int, chosen: list[int]) -> None:
         """Mask, unmask or trigger interrupts at the client's wish."""
@@ -287,10 +310,9 @@ class Connection:
                     signal(fd)
         elif index != wire.INTX or action not in (IrqSetFlag.ACTION_MASK, IrqSetFlag.ACTION_UNMASK):
             raise Objection(ENOTSUP, f"action {action:#x} on interrupt index {index}")
-        elif chosen and action == IrqSetFlag.ACTION_MASK:
-            self.function.set_intx(None)
-        elif chosen and self._intx >= 0:
-            self.function.set_intx(self._intx)
+        elif chosen:
+            self._intx_masked = action == IrqSetFlag.ACTION_MASK
+            self._show_intx()
 
     # Reset and the end
 
@@ -388,7 +410,8 @@ class VfioUserServer:
             self._selector.register(until, selectors.EVENT_READ)
             ends.add(until)
         while True:
-            ready = {key.fd for key, _ in self._selector.select()}
+            waiting = self.connection is not None and self.connection.may_resume
+            ready = {key.fd for key, _ in self._selector.select(QUIET_SECONDS if waiting else None)}
             if ready & ends:
                 return
             # A client that went away makes room for the one that came after it.
@@ -396,6 +419,8 @@ class VfioUserServer:
                 self._serve(self.connection)
             elif self._listener.fileno() in ready:
                 self._accept()
+            elif self.connection is not None:
+                self.connection.resume()
             self._report()
 
     def _accept(self) -> None:

@@ -123,21 +123,22 @@ class ClientMemory:
 
     Args:
         function: the device.
+
+    Attributes:
+        may_resume: whether memory was mapped since queues were stopped for want of it.
     """
 
     def __init__(self, function: SoftwareFunction) -> None:
         self._function = function
         self._parked: list[Parked] = []
+        self.may_resume = False
         self._regions: dict[int, Region] = {}
         self._mapped = Spans()
         self._windows = Spans()
         self._files: dict[FileKey, File] = {}
 
-    def map(self, start: int, size: int, offset: int, writable: bool, fd: int | None) -> list[int]:
+    def map(self, start: int, size: int, offset: int, writable: bool, fd: int | None) -> None:
         """Carry out DMA_MAP; ``fd`` stays the caller's.
-
-        Returns:
-            Indexes of the queues that were stopped by DMA_UNMAP and go on, their memory being back.
 
         Raises:
             Objection: the region is empty, overlaps another, does not lie in the file or cannot be mapped.
@@ -157,7 +158,7 @@ class ClientMemory:
             if file is not None:
                 file.regions += 1
                 self._join(region)
-            return [queue.index for queue in self._resume()]
+            self.may_resume = bool(self._parked)
 
     def _join(self, region: Region) -> None:
         """Open the region's window, as one with those of its neighbours where they go on in each other."""
@@ -236,26 +237,33 @@ class ClientMemory:
                     chain.writable.clear()
                 yield queue
 
-    def _resume(self) -> Iterator[DeviceQueue]:
-        """Let stopped queues go on whose memory is back: hypervisors unmap RAM to map it in other pieces."""
-        for parked in list(self._parked):
-            queue, ring = parked.queue, parked.ring
-            if not queue.enabled or queue.ring is not None:
-                self._parked.remove(parked)
-                continue
-            if [self._place(*area) for area in _areas(queue, ring)] != parked.places:
-                continue
-            try:
-                buffers = [(chain, *self._buffers(chain)) for chain in ring.outstanding.values()]
-            except Unmapped:
-                continue
-            for chain, readable, writable in buffers:
-                chain.readable[:], chain.writable[:] = readable, writable
-            queue.ring = ring
+    def resume(self) -> list[int]:
+        """Let stopped queues go on whose memory is back; returns their indexes."""
+        self.may_resume = False
+        with self._function.executor:
+            back = [parked.queue.index for parked in list(self._parked) if self._unpark(parked)]
+            if back:
+                # Kicks came to nothing meanwhile.
+                self._function.device.poll()
+        return back
+
+    def _unpark(self, parked: Parked) -> bool:
+        queue, ring = parked.queue, parked.ring
+        if not queue.enabled or queue.ring is not None:
+            # Reset meanwhile.
             self._parked.remove(parked)
-            # Kicks came to nothing meanwhile.
-            self._function.device.poll()
-            yield queue
+            return False
+        if [self._place(*area) for area in _areas(queue, ring)] != parked.places:
+            return False
+        try:
+            buffers = [(chain, *self._buffers(chain)) for chain in ring.outstanding.values()]
+        except Unmapped:
+            return False
+        for chain, readable, writable in buffers:
+            chain.readable[:], chain.writable[:] = readable, writable
+        queue.ring = ring
+        self._parked.remove(parked)
+        return True
 
     def _place(self, start: int, length: int) -> tuple[int, int, int] | None:
         """Device, inode and offset of the file behind a stretch, None where no window holds all of it."""
