@@ -6,6 +6,7 @@ GUESTPV_KERNELS names the kernels ("6.1 6.12" by default). What cannot be had fa
 import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,6 +19,15 @@ KERNELS = os.environ.get("GUESTPV_KERNELS", "6.1 6.12").split()
 MODERN = "disable-legacy=on,iommu_platform=on,ats=on"
 
 _unavailable: dict[str, str] = {}
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """All tests of one kernel on one worker: they share a machine, and no worker has two."""
+    for item in items:
+        if item.path.is_relative_to(Path(__file__).parent):
+            kernel = getattr(item, "callspec", None) and item.callspec.params.get("kernel")  # type: ignore[attr-defined]
+            item.add_marker(pytest.mark.xdist_group(f"guest-{kernel or KERNELS[-1]}"))
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
