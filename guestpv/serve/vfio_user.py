@@ -383,6 +383,8 @@ class VfioUserServer:
         self._selector.register(self._stop, selectors.EVENT_READ)
 
     def _listen(self) -> None:
+        if not self.path:
+            raise UsageError("a socket needs a path", where=self.name)
         try:
             with contextlib.suppress(FileNotFoundError):
                 self._replace()
