@@ -149,7 +149,6 @@ class VhostUserTransport(Transport):
         self._config_changes = 0
         self._inflight: tuple[Inflight, int] | None = None
         self._config_event = SYSTEM.eventfd()
-        self._death_event = SYSTEM.eventfd()
         try:
             self._connected()
         except BaseException:
@@ -169,7 +168,7 @@ class VhostUserTransport(Transport):
                 raise DeviceGone(
                     self.session.death,
                     where=self.name,
-                    hint="start the back end again, then reconnect() to go on or reset() to begin anew",
+                    hint="start the back end again; a program goes on with reconnect() or begins anew with reset()",
                 )
             return self.session
         session = Session(self.path, self._config_changed, self._died)
@@ -193,8 +192,8 @@ class VhostUserTransport(Transport):
         os.eventfd_write(self._config_event, 1)
 
     def _died(self) -> None:
-        # Whoever sleeps on a queue wakes up and learns it from ``_check_alive``.
-        os.eventfd_write(self._death_event, 1)
+        # Whoever sleeps on the configuration learns it from the status, on a queue from ``_check_alive``.
+        os.eventfd_write(self._config_event, 1)
         with self._rings_lock:
             for ring in self._rings.values():
                 os.eventfd_write(ring.call, 1)
@@ -499,9 +498,6 @@ class VhostUserTransport(Transport):
     def config_fd(self) -> int | None:
         return self._config_event
 
-    def release_fds(self) -> tuple[int | None, int | None]:
-        return None, self._death_event
-
     # Device configuration.
 
     @property
@@ -552,10 +548,9 @@ class VhostUserTransport(Transport):
         self._rings.clear()
         self._drop_inflight()
         self.space.close()
-        if self._death_event >= 0:
+        if self._config_event >= 0:
             SYSTEM.close(self._config_event)
-            SYSTEM.close(self._death_event)
-            self._config_event = self._death_event = -1
+            self._config_event = -1
 
 
 def open_transport(body: str, params: dict[str, str]) -> VhostUserTransport:

@@ -349,9 +349,9 @@ def test_death_wakes_who_waits(start: Start, connect: Open) -> None:
     with pytest.raises(DeviceGone, match="back end closed the connection"):
         queue.wait(None)
     killer.join()
-    death = transport.release_fds()[1]
-    assert death is not None
-    assert select.select([death], [], [], 0)[0] == [death]
+    fd = transport.config_fd
+    assert fd is not None
+    assert select.select([fd], [], [], 0)[0] == [fd]
     with pytest.raises(DeviceGone):
         transport.config(spec.CONFIG)
     with pytest.raises(DeviceGone):

@@ -79,7 +79,7 @@ class Tree:
             if path.is_file():
                 libraries = ":".join(str(self.root / part) for part in LIBRARIES)
                 return [str(self.root / LOADER), "--library-path", libraries, "--argv0", name, str(path)]
-        raise PeerError(f"{name} is not in {self.root}: ./tools/peers --refresh builds the tree anew")
+        raise PeerError(f"{name} is not in {self.root}: ./tools/get-peers --refresh builds the tree anew")
 
 
 def get(name: str, *, refresh: bool = False) -> Tree:
