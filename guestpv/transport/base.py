@@ -228,18 +228,19 @@ class Transport(ABC):
         self._state.status |= bit
         self.write_status(int(self._state.status))
 
-    def reset(self, timeout: float = RESET_TIME_LIMIT) -> None:
+    def reset(self, timeout: float | None = None) -> None:
         """Reset the device and wait until ``device_status`` reads 0 (2.4, DRV-RESET-01, DRV-PCI-26).
 
         Queues are closed once the device is quiet; what was in flight is theirs to drain before.
 
         Args:
-            timeout: seconds.
+            timeout: seconds, 10 where none is given.
 
         Raises:
             TimeLimit: the device never left reset; its memory stays mapped.
             DeviceGone: the function is gone.
         """
+        timeout = RESET_TIME_LIMIT if timeout is None else timeout
         self.write_status(0)
         deadline = time.monotonic() + timeout
         pause = 0.0001

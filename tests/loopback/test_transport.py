@@ -6,12 +6,15 @@ import time
 from collections.abc import Callable, Iterator
 
 import pytest
+from click.testing import CliRunner
 
 import guestpv
+from guestpv.cli.main import main
 from guestpv.devices.function import SoftwareFunction
 from guestpv.devices.loopback import open_function
 from guestpv.drivers.rng import Rng
 from guestpv.errors import DeviceViolation, FeaturesRefused, Refused, TimeLimit, UsageError
+from guestpv.memory import DmaRegion
 from guestpv.spec import features as feat
 from guestpv.spec import net
 from guestpv.spec.status import Status
@@ -117,9 +120,9 @@ def test_memory_leaves_the_device_only_after_it_was_silenced(monkeypatch: pytest
     order: list[str] = []
     unmap, reset = function.dma.unmap, function.reset
 
-    def noted_unmap(region: object) -> None:
+    def noted_unmap(region: DmaRegion) -> None:
         order.append("unmap")
-        unmap(region)  # type: ignore[arg-type]
+        unmap(region)
 
     def noted_reset() -> bool:
         order.append("function reset")
@@ -128,10 +131,21 @@ def test_memory_leaves_the_device_only_after_it_was_silenced(monkeypatch: pytest
     monkeypatch.setattr(function.dma, "unmap", noted_unmap)
     monkeypatch.setattr(function, "reset", noted_reset)
     monkeypatch.setattr("guestpv.transport.base.RESET_TIME_LIMIT", 0.1)
-    monkeypatch.setattr(PciTransport, "reset", lambda self: (_ for _ in ()).throw(TimeLimit("stuck")))
+    function.registers.reset_reads = 1 << 30
     transport.close()
     assert order[0] == "function reset"
     assert set(order[1:]) == {"unmap"}
+
+
+def test_a_device_stuck_in_reset_is_a_time_limit_on_the_command_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    stuck = open_function("rng", {})
+    stuck.registers.reset_reads = 1 << 30
+    stuck.device.write_status(int(Status.ACKNOWLEDGE))
+    monkeypatch.setattr("guestpv.devices.loopback.open_function", lambda body, params: stuck)
+    monkeypatch.setattr("guestpv.transport.base.RESET_TIME_LIMIT", 0.1)
+    result = CliRunner().invoke(main, ["info", "loopback:rng"])
+    assert result.exit_code == 6
+    assert "device_status still reads" in result.output
 
 
 @pytest.mark.requirement("DRV-FEAT-01", "DRV-FEAT-04", "DRV-FEAT-07", "DRV-FEAT-08", "DRV-FEAT-14")
