@@ -38,7 +38,7 @@ static void start(struct gpv_queue *q)
     }
     q->free = q->size;
     q->free_head = q->oldest = 0;
-    q->batch_left = 0;
+    q->batch_left = q->returned = 0;
     q->turn_added = q->turn_published = q->turn_reaped = 0;
     q->armed = 1; /* what zeroed areas say */
     memset(&q->violation, 0, sizeof q->violation);
@@ -149,6 +149,7 @@ int32_t gpv_add(struct gpv_queue *q, const struct gpv_segment *segments, uint32_
         return GPV_ECHAIN;
     rows = (struct gpv_rows){&segments->address, &segments->length, sizeof *segments / 8, sizeof *segments / 4,
                              (uint32_t)elements, readable};
+    q->returned = 0;
     added = (q->packed ? gpv_packed_add : gpv_split_add)(q, rows, 1, &cookie, &id);
     return added < 0 ? added : (int32_t)id;
 }
@@ -162,6 +163,7 @@ int32_t gpv_add_burst(struct gpv_queue *q, const uint64_t *addresses, const uint
     ENTER_UNBROKEN(q);
     if (elements == 0 || elements > q->size || writable_from > elements)
         return GPV_ECHAIN;
+    q->returned = 0;
     added = (q->packed ? gpv_packed_add : gpv_split_add)(q, rows, count, cookies, ids);
     return added == GPV_EFULL ? 0 : added;
 }
@@ -209,8 +211,12 @@ int32_t gpv_notify_value(struct gpv_queue *q, uint32_t value)
 
 int32_t gpv_reap(struct gpv_queue *q, uint32_t *ids, uint32_t *lengths, uint64_t *cookies, uint32_t max)
 {
+    int32_t got;
+
     ENTER_UNBROKEN(q);
-    return (q->packed ? gpv_packed_reap : gpv_split_reap)(q, ids, lengths, cookies, max);
+    got = (q->packed ? gpv_packed_reap : gpv_split_reap)(q, ids, lengths, cookies, max);
+    q->returned += got > 0 ? (uint32_t)got : 0;
+    return got;
 }
 
 int32_t gpv_pending(struct gpv_queue *q)

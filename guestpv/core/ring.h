@@ -98,6 +98,7 @@ struct gpv_queue {
     uint64_t turn_added;    /* buffers added, published and reaped since the start */
     uint64_t turn_published;
     uint64_t turn_reaped;
+    uint32_t returned;      /* buffers reaped since the last one was added: the first of the free list, last one first */
     struct gpv_slot *slots;
     /* Free list, the slot freed last first: so a queue with few buffers in flight stays within few cache lines, however
      * large it is. IN_ORDER: simply the following position. */

@@ -1,4 +1,4 @@
-"""``tools/bench NAME [--quick] [--json FILE]``: run one benchmark, show its rows, write them."""
+"""``tools/bench NAME``: run one benchmark, show its rows, keep and compare them."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ import pkgutil
 import sys
 from pathlib import Path
 
-from . import report
+from . import plot, report
 
-TOOLS = {"__main__", "report"}
+TOOLS = {"__main__", "contest", "plot", "report", "testpmd"}
 
 
 def main() -> int:
@@ -23,12 +23,22 @@ def main() -> int:
         "--quick", action="store_true", help="few repeats: to see that it works, not to judge"
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the rates there, as SVG")
+    parser.add_argument(
+        "--against", type=Path, metavar="FILE", help="name what is worse than in this earlier --json"
+    )
     arguments = parser.parse_args()
     versions, rows = importlib.import_module(f"bench_suite.{arguments.name}").run(arguments.quick)
     print(report.show(rows))
     if arguments.json:
         report.write(arguments.json, versions, rows)
-    return 0 if all(row.met for row in rows) else 1
+    if arguments.plot:
+        where = report.machine()
+        told = ", ".join(f"{name} {value}" for name, value in versions.items() if name != "priority")
+        plot.write(arguments.plot, f"tools/bench {arguments.name}", f"{where['cpu']}; {told}", rows)
+    worse = report.worse(arguments.against, rows) if arguments.against else []
+    print("\n".join(worse), end="\n" * bool(worse))
+    return 0 if all(row.met for row in rows) and not worse else 1
 
 
 if __name__ == "__main__":

@@ -29,10 +29,16 @@ class Row:
     discarded: int = 0
     limit: float | None = None
     """The ratio that must not be exceeded, where there is one."""
+    least: float | None = None
+    """The ratio that must be reached, where there is one."""
 
     @property
     def met(self) -> bool:
-        return self.limit is None or self.ratio is None or self.ratio <= self.limit
+        if self.ratio is None:
+            return True
+        return (self.limit is None or self.ratio <= self.limit) and (
+            self.least is None or self.ratio >= self.least
+        )
 
 
 def run_delay() -> int:
@@ -73,14 +79,34 @@ def write(path: Path, versions: dict[str, str], rows: list[Row]) -> None:
     path.write_text(json.dumps(document, indent=1) + "\n")
 
 
+COSTS = ("ns_per", "cpu_s", "kicks", "accesses", "instructions")
+"""How the metrics begin of which less is better."""
+NOISE = 0.1
+
+
+def worse(path: Path, rows: list[Row]) -> list[str]:
+    """A line for each ratio that is more than a tenth worse than in the report at ``path``."""
+    before = {(row["case"], row["metric"]): row["ratio"] for row in json.loads(path.read_text())["rows"]}
+    found = []
+    for row in rows:
+        was = before.get((row.case, row.metric))
+        if not was or not row.ratio:
+            continue
+        change = row.ratio / was if row.metric.startswith(COSTS) else was / row.ratio
+        if change > 1 + NOISE:
+            found.append(f"{row.case} {row.metric}: ratio {row.ratio:.3f}, was {was:.3f}")
+    return found
+
+
 def show(rows: list[Row]) -> str:
     """The report as text, one row a line."""
     lines = []
     for row in rows:
-        line = f"{row.case:34} {row.value:12.2f} {row.metric}"
+        line = f"{row.case:34} {row.value:12.5g} {row.metric}"
         if row.ratio is not None:
             line += f"  {row.ratio:8.3f} x {row.peer}"
-        if row.limit is not None:
-            line += f"  (at most {row.limit:g}: {'met' if row.met else 'MISSED'})"
+        for word, bound in (("at most", row.limit), ("at least", row.least)):
+            if bound is not None:
+                line += f"  ({word} {bound:g}: {'met' if row.met else 'MISSED'})"
         lines.append(line + f"  [{row.runs} runs, {row.discarded} discarded]")
     return "\n".join(lines)

@@ -1,0 +1,6 @@
+#ifndef GPV_AGAIN_H
+#define GPV_AGAIN_H
+#include "queue.h"
+
+#include "again.cdef.h"
+#endif

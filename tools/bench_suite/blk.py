@@ -1,0 +1,186 @@
+"""4 KiB random reads from qemu-storage-daemon's null device over vhost-user: guestpv's rings and libblkio's.
+
+Neither side looks at the data. Both keep the latency of every request, both sleep on the queue's eventfd or
+spin, whichever the case says.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import subprocess
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import guestpv
+from guestpv.transport.vhost_user import VhostUserTransport
+from peers import tree
+from peers.backend import Backend, storage_daemon
+from peers.errors import PeerError
+from peers.tree import LIBRARIES, LOADER, Tree
+
+from .contest import (
+    BUILD,
+    Outcome,
+    Run,
+    cores,
+    handle_for,
+    loops,
+    own_run,
+    package_version,
+    race,
+    undisturbed,
+    watch,
+)
+from .report import BUSY, Row
+
+PEER = "libblkio"
+BLOCK = 4096
+CAPACITY = 1 << 30
+NODE = f"driver=null-co,size={CAPACITY},read-zeroes=on"
+QUEUE = 512
+"""Entries; three descriptors a request."""
+RING = "-indirect_desc"
+"""With room in the queue, descriptors in the ring are a cache line less for the device."""
+DEPTHS = (1, 8, 32, 128)
+LEAST = {("poll", 1): 1.0, ("poll", 8): 1.0, ("poll", 32): 1.2, ("poll", 128): 1.2}
+EVENT_LEAST = 1.0
+COST_LIMIT = 1.0
+HEADER = 16
+
+
+def build_peer(peers: Tree) -> list[str]:
+    """libblkio's own benchmark, an example of its package, as a command."""
+    include, library = BUILD / "blkio", peers.root / LIBRARIES[0] / "libblkio.so.1"
+    program = BUILD / "blkio-bench"
+    include.mkdir(parents=True, exist_ok=True)
+    # Only this header: the tree's C library is newer than the machine's.
+    (include / "blkio.h").write_bytes((peers.root / "usr/include/blkio.h").read_bytes())
+    source = peers.root / "usr/share/doc/libblkio-dev/examples/blkio-bench.c"
+    done = subprocess.run(
+        [
+            "cc",
+            "-O2",
+            "-w",
+            "-Wl,--allow-shlib-undefined",
+            f"-I{include}",
+            "-o",
+            str(program),
+            str(source),
+            str(library),
+        ],
+        capture_output=True,
+        text=True,
+    )
+    if done.returncode:
+        raise PeerError(f"blkio-bench does not build: {done.stderr.strip()[-1000:]}")
+    libraries = ":".join(str(peers.root / part) for part in LIBRARIES)
+    return [str(peers.root / LOADER), "--library-path", libraries, str(program)]
+
+
+def peer_run(command: list[str], backend: Backend, mode: str, depth: int, seconds: int) -> Run:
+    """One run of blkio-bench."""
+    ended = watch(
+        [
+            *command,
+            f"--iodepth={depth}",
+            "--readwrite=randread",
+            f"--blocksize={BLOCK}",
+            f"--runtime={seconds}",
+            *(["--poll"] if mode == "poll" else []),
+            "virtio-blk-vhost-user",
+            f"path={backend.socket}",
+        ],
+        backend.pid,
+        seconds + 10,
+    )
+    rate = json.loads(ended.output)["aggregate"]["kiops"] * 1e3
+    done = rate * seconds
+    return Run(rate, ended.cpu / done * 1e6, ended.writes / done, ended.delay < BUSY * seconds * 1e9)
+
+
+def our_run(module: Any, backend: Backend, mode: str, depth: int, seconds: float) -> Run:
+    """One run of race.c's loop on a fresh connection."""
+    with guestpv.open(f"vhost-user:blk:{backend.socket}?features={RING}") as transport:
+        assert isinstance(transport, VhostUserTransport)
+        transport.negotiate(supported=0)
+        queue = transport.make_queue(0, QUEUE)
+        transport.driver_ok()
+        headers = transport.pool.allocate(HEADER * depth, align=4096)
+        statuses = transport.pool.allocate(depth, align=4096)
+        data = transport.pool.allocate(BLOCK * depth, align=4096)
+        state = module.ffi.new("struct race_blk *")
+        state.queue = handle_for(module, queue)
+        state.fd = -1 if mode == "poll" else queue.interrupt_fd
+        state.depth, state.nbytes, state.blocks = depth, BLOCK, CAPACITY // BLOCK
+        state.headers = module.ffi.cast("uint8_t *", headers.pointer)
+        state.statuses = module.ffi.cast("uint8_t *", statuses.pointer)
+        state.headers_bus, state.statuses_bus = headers.address, statuses.address
+        state.data_bus = data.address
+        state.run_ns = int(seconds * 1e9)
+
+        def action() -> tuple[int, float]:
+            code = module.lib.race_blk_run(state)
+            if code or state.failed:
+                raise PeerError(f"the race ended with {code}, {state.failed} of {state.done} requests failed")
+            return state.done, state.spent_ns / 1e9
+
+        return own_run(action, backend.pid, lambda: queue.kicks)
+
+
+def rows_of(case: str, ours: Outcome, theirs: Outcome, least: float, strict: bool) -> list[Row]:
+    """The rows of one case; ``strict``: costs must not be above the peer's."""
+    runs, discarded = ours.runs + theirs.runs, ours.discarded + theirs.discarded
+    rate = Row(
+        case, "iops", ours.rate, PEER, theirs.rate, ours.rate / theirs.rate, runs, discarded, least=least
+    )
+    found = [rate]
+    for metric, mine, other in (
+        ("cpu_s_per_million", ours.cpu, theirs.cpu),
+        ("kicks_per_op", ours.kicks, theirs.kicks),
+    ):
+        assert mine is not None
+        ratio = mine / other if other else None
+        limit = COST_LIMIT if strict else None
+        found.append(Row(case, metric, mine, PEER, other, ratio, runs, discarded, limit))
+    return found
+
+
+def version(command: list[str]) -> str:
+    """First line that a program says about itself."""
+    return subprocess.run([*command, "--version"], capture_output=True, text=True).stdout.splitlines()[0]
+
+
+def run(quick: bool) -> tuple[dict[str, str], list[Row]]:
+    """Measure; versions and rows for the report."""
+    peers = tree.get("peers")
+    module, command = loops(), build_peer(peers)
+    rounds, seconds = (1, 1) if quick else (5, 1)
+    driver, device = cores()
+    rows: list[Row] = []
+    with (
+        tempfile.TemporaryDirectory() as directory,
+        undisturbed(driver) as first,
+        storage_daemon(Path(directory) / "blk.sock", NODE, cpus={device}) as backend,
+    ):
+        for mode in ("poll", "eventfd"):
+            for depth in DEPTHS:
+                contenders: dict[str, Callable[[], Run]] = {
+                    "guestpv": lambda m=mode, d=depth: our_run(module, backend, m, d, seconds),  # type: ignore[misc]
+                    PEER: lambda m=mode, d=depth: peer_run(command, backend, m, d, seconds),  # type: ignore[misc]
+                }
+                outcome = race(contenders, rounds)
+                least = LEAST.get((mode, depth), EVENT_LEAST)
+                rows += rows_of(
+                    f"{mode}/depth {depth}", outcome["guestpv"], outcome[PEER], least, mode == "eventfd"
+                )
+    versions = {
+        "python": platform.python_version(),
+        "guestpv": guestpv.__version__,
+        "qemu-storage-daemon": version(["qemu-storage-daemon"]),
+        "libblkio": package_version(peers, "blkio"),
+        "priority": "first" if first else "as everybody",
+    }
+    return versions, rows
