@@ -10,8 +10,6 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Final
 
 from ..errors import DeviceGone, GuestpvError, Refused, UsageError
@@ -21,7 +19,6 @@ from ..spec import features as feat
 from ..spec.layout import Layout
 from ..spec.status import Status
 from ..system import SYSTEM
-from ..virtqueue.kick import Kick
 from ..virtqueue.queue import Virtqueue
 from ..wire.vhost_user import (
     F_LOG_ALL,
@@ -37,6 +34,7 @@ from ..wire.vhost_user import (
 from ..wire.vhost_user import ProtocolFeature as PF
 from .base import InterruptMode, Transport
 from .vhost_user_memory import Arena, MemfdSpace
+from .vhost_user_ring import Ring, fresh_base
 from .vhost_user_session import Session
 
 CONFIG_LAYOUTS: Final[dict[int, Layout]] = {
@@ -69,47 +67,6 @@ NOT_CARRIED: Final = feat.mask(
     )
 )
 """Bits of GET_FEATURES that are vhost's own, that need an IOTLB, or data beside an eventfd's kick."""
-
-FRESH_PACKED_BASE: Final = 1 << 15 | 1 << 31
-"""SET_VRING_BASE of a fresh packed ring: both offsets 0, both wrap counters 1."""
-
-
-LOOK: Final = 0.1
-"""Seconds between two looks at the back end's health by a queue without an interrupt."""
-
-
-@dataclass(slots=True)
-class Ring:
-    """A queue and the descriptors it shares with the back end."""
-
-    queue: Virtqueue
-    kick: int
-    call: int
-    error: int
-    base: int
-    started: bool = False
-
-    def close(self) -> None:
-        """Close the eventfds."""
-        for fd in (self.kick, self.call, self.error):
-            SYSTEM.close(fd)
-
-
-class PolledQueue(Virtqueue):
-    """A queue without an interrupt, whose waiters look now and then whether the back end is alive."""
-
-    check: Callable[[], None]
-
-    def wait(self, timeout: float | None, spin_us: int = 50) -> bool:
-        deadline = None if timeout is None else time.monotonic() + timeout
-        while True:
-            left = LOOK if deadline is None else max(0.0, deadline - time.monotonic())
-            if super().wait(min(left, LOOK), spin_us):
-                return True
-            self.check()
-            if left < LOOK:
-                return False
-            spin_us = 0
 
 
 class VhostUserTransport(Transport):
@@ -168,7 +125,7 @@ class VhostUserTransport(Transport):
                 raise DeviceGone(
                     self.session.death,
                     where=self.name,
-                    hint="start the back end again; a program goes on with reconnect() or begins anew with reset()",
+                    hint="start the back end again; a program can go on with reconnect()",
                 )
             return self.session
         session = Session(self.path, self._config_changed, self._died)
@@ -312,29 +269,9 @@ class VhostUserTransport(Transport):
         return self._largest_queue if 0 <= index < self.num_queues else 0
 
     def set_up_queue(self, index: int, size: int, features: int) -> Virtqueue:
-        kick, call, error = (SYSTEM.eventfd() for _ in range(3))
-        name = f"{self.name} queue {index}"
-        try:
-            queue: Virtqueue
-            if self.mode == "poll":
-                queue = PolledQueue(index, size, features, self.pool, Kick.eventfd(kick), name=name)
-                queue.check = self._check_alive
-            else:
-                queue = Virtqueue(
-                    index,
-                    size,
-                    features,
-                    self.pool,
-                    Kick.eventfd(kick),
-                    interrupt_fd=call,
-                    acknowledge=self._check_alive,
-                    name=name,
-                )
-        except BaseException:
-            for fd in (kick, call, error):
-                SYSTEM.close(fd)
-            raise
-        ring = Ring(queue, kick, call, error, FRESH_PACKED_BASE if queue.packed else 0)
+        ring = Ring.make(
+            index, size, features, self.pool, f"{self.name} queue {index}", self.mode, self._check_alive
+        )
         try:
             self._send_memory(self.space.arenas)
             with self._rings_lock:
@@ -345,9 +282,9 @@ class VhostUserTransport(Transport):
         except BaseException:
             self._remove_ring(index)
             ring.close()
-            queue.close()
+            ring.queue.close()
             raise
-        return queue
+        return ring.queue
 
     def _describe_ring(self, ring: Ring) -> None:
         session, queue = self._connected(), ring.queue
@@ -468,7 +405,7 @@ class VhostUserTransport(Transport):
                 ring.base = int(queue.device["idx"])
             else:
                 self._unsubmitted.setdefault(index, []).extend(queue.drain())
-                ring.base = FRESH_PACKED_BASE if queue.packed else 0
+                ring.base = fresh_base(queue)
             self._describe_ring(ring)
         self._go_live()
         if session.has(PF.STATUS):

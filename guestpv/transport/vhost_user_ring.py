@@ -1,0 +1,107 @@
+"""A virtqueue and the eventfds that it shares with a vhost-user back end."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final, Self
+
+from ..memory import DmaPool
+from ..system import SYSTEM
+from ..virtqueue.kick import Kick
+from ..virtqueue.queue import Virtqueue
+
+FRESH_PACKED_BASE: Final = 1 << 15 | 1 << 31
+"""SET_VRING_BASE of a fresh packed ring: both offsets 0, both wrap counters 1."""
+
+LOOK: Final = 0.1
+"""Seconds between two looks at the back end's health by a queue without an interrupt."""
+
+
+def fresh_base(queue: Virtqueue) -> int:
+    """SET_VRING_BASE of a ring that nobody has used yet."""
+    return FRESH_PACKED_BASE if queue.packed else 0
+
+
+class PolledQueue(Virtqueue):
+    """A queue without an interrupt, whose waiters look now and then whether the back end is alive."""
+
+    check: Callable[[], None]
+
+    def wait(self, timeout: float | None, spin_us: int = 50) -> bool:
+        """As ``Virtqueue.wait``; raises what ``check`` raises."""
+        deadline = None if timeout is None else time.monotonic() + timeout
+        while True:
+            left = LOOK if deadline is None else max(0.0, deadline - time.monotonic())
+            if super().wait(min(left, LOOK), spin_us):
+                return True
+            self.check()
+            if left < LOOK:
+                return False
+            spin_us = 0
+
+
+@dataclass(slots=True)
+class Ring:
+    """A queue and what it shares with the back end.
+
+    Attributes:
+        kick, call, error: eventfds.
+        base: where the back end begins.
+        started: whether it may use the ring.
+    """
+
+    queue: Virtqueue
+    kick: int
+    call: int
+    error: int
+    base: int
+    started: bool = False
+
+    @classmethod
+    def make(
+        cls,
+        index: int,
+        size: int,
+        features: int,
+        pool: DmaPool,
+        name: str,
+        mode: str,
+        check: Callable[[], None],
+    ) -> Self:
+        """A fresh ring.
+
+        Args:
+            mode: ``poll`` gives the queue no interrupt.
+            check: called by waiters; raises once the back end is gone.
+        """
+        with contextlib.ExitStack() as undo:
+            fds = []
+            for _ in range(3):
+                fds.append(SYSTEM.eventfd())
+                undo.callback(SYSTEM.close, fds[-1])
+            kick, call, error = fds
+            queue: Virtqueue
+            if mode == "poll":
+                queue = PolledQueue(index, size, features, pool, Kick.eventfd(kick), name=name)
+                queue.check = check
+            else:
+                queue = Virtqueue(
+                    index,
+                    size,
+                    features,
+                    pool,
+                    Kick.eventfd(kick),
+                    interrupt_fd=call,
+                    acknowledge=check,
+                    name=name,
+                )
+            undo.pop_all()
+        return cls(queue, kick, call, error, fresh_base(queue))
+
+    def close(self) -> None:
+        """Close the eventfds."""
+        for fd in (self.kick, self.call, self.error):
+            SYSTEM.close(fd)
