@@ -196,6 +196,8 @@ def interrupts(system: System) -> Check:
         with suppress(OSError):
             if system.read_text(f"/sys/module/{module}/parameters/allow_unsafe_interrupts") == "Y":
                 return Check(name, "warn", "off, and VFIO is told to do without", QEMU_IOMMU)
+    if re.search(r"\bvfio\w*\.allow_unsafe_interrupts=[1yY]", system.read_text("/proc/cmdline")):
+        return Check(name, "warn", "off, and VFIO will be told to do without when it is loaded", QEMU_IOMMU)
     return Check(
         name,
         "fail",

@@ -17,6 +17,8 @@ from .uses import Use, find_uses
 DEVICES = "/sys/bus/pci/devices"
 VFIO_DRIVER = "vfio-pci"
 NO_IOMMU_GROUP = "vfio-noiommu"
+IOMMU = 23
+"""Virtio device id of virtio-iommu."""
 PEACEFUL_DRIVERS = (None, VFIO_DRIVER, "pci-stub", "pcieport")
 """Drivers of group members that leave the group viable."""
 
@@ -155,7 +157,7 @@ def _examine(address: str, system: System) -> Function:
     driver, group = driver_of(address, system), group_of(address, system)
     members = tuple(m for m in members_of(group, system) if m.address != address) if group is not None else ()
     uses = tuple(find_uses(address, device_type, system)) if driver not in PEACEFUL_DRIVERS else ()
-    problem, hint = _problem(address, kind, group, members, uses)
+    problem, hint = _problem(address, device_type, kind, group, members, uses)
     return Function(
         address,
         device,
@@ -172,8 +174,15 @@ def _examine(address: str, system: System) -> Function:
 
 
 def _problem(
-    address: str, kind: str, group: int | None, members: tuple[Member, ...], uses: tuple[Use, ...]
+    address: str,
+    device_type: int,
+    kind: str,
+    group: int | None,
+    members: tuple[Member, ...],
+    uses: tuple[Use, ...],
 ) -> tuple[str, str]:
+    if device_type == IOMMU:
+        return "the IOMMU itself, which the kernel needs for all the others", ""
     if kind == "legacy":
         return (
             "a legacy-only function: it has no virtio capabilities (VIRTIO 1.4 section 4.1.4)",

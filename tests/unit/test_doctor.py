@@ -120,6 +120,9 @@ def test_interrupts_that_are_not_remapped(machine: Machine) -> None:
     assert check.verdict == "fail"
     assert "intremap=on" in check.mend
     assert "modprobe vfio_iommu_type1 allow_unsafe_interrupts=1" in check.mend
+    machine.files["/proc/cmdline"] = "quiet vfio_iommu_type1.allow_unsafe_interrupts=1"
+    assert found(machine)["interrupt remapping"].verdict == "warn"
+    machine.files["/proc/cmdline"] = "quiet"
     machine.files["/sys/module/vfio_iommu_type1/parameters/allow_unsafe_interrupts"] = "Y"
     assert found(machine)["interrupt remapping"].verdict == "warn"
     del machine.files["/sys/firmware/acpi/tables/APIC"]

@@ -110,6 +110,11 @@ def test_no_iommu(kernel: FakeKernel) -> None:
     assert "intel_iommu=on" in function.hint
 
 
+def test_the_iommu_is_left_to_the_kernel(kernel: FakeKernel) -> None:
+    kernel.add(NET, 0x1040 + 23, group=None)
+    assert "the IOMMU itself" in look_up(NET, kernel).problem
+
+
 def test_a_group_made_up_by_vfio_is_no_iommu(kernel: FakeKernel) -> None:
     kernel.add(NET)
     kernel.files["/sys/kernel/iommu_groups/7/name"] = "vfio-noiommu"
