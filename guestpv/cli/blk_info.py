@@ -46,7 +46,7 @@ def info(report: Report, spec: str) -> None:
             "id": identity,
             "read_only": disk.read_only,
             "cache": "write-back" if disk.volatile_cache else "write-through",
-            "queues": disk.config.get("num_queues", 1),
+            "queues": disk.most_queues,
             "size_max": disk.limits.size_max,
             "seg_max": disk.limits.seg_max,
             "zoned": MODELS[disk.model],

@@ -116,9 +116,13 @@ class Blk:
 
     def _start(self) -> None:
         transport, wanted = self.transport, FEATURES
-        if transport.config(spec.CONFIG, "model").get("model") == spec.Z_HM:
+        before = transport.config(spec.CONFIG, "model", "size_max")
+        if before.get("model") == spec.Z_HM:
             # A host-managed disk and DISCARD exclude each other, which has to be known before (5.2.5.1).
             wanted &= ~mask((spec.F_DISCARD,))
+        if before.get("size_max") == 0 and not transport.feature_filter.required >> spec.F_SIZE_MAX & 1:
+            # As qemu-storage-daemon has it: a limit that cannot be meant is not accepted, and so is none.
+            wanted &= ~mask((spec.F_SIZE_MAX,))
         if self._wanted_queues == 1:
             wanted &= ~mask((spec.F_MQ,))
         self.features = transport.negotiate(supported=wanted)
@@ -161,6 +165,16 @@ class Blk:
     def capacity(self) -> int:
         """Bytes of the disk, as last read; see ``refresh``."""
         return self.config["capacity"] * spec.SECTOR
+
+    @property
+    def most_queues(self) -> int:
+        """Queues that the device has; those not in use can be had by asking for them."""
+        if (
+            self.transport.offered >> spec.F_MQ & 1
+            and spec.CONFIG["num_queues"].end <= self.transport.config_length
+        ):
+            return self.transport.read_config(spec.CONFIG["num_queues"].offset, 2)
+        return 1
 
     @property
     def volatile_cache(self) -> bool:

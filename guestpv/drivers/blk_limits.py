@@ -133,47 +133,50 @@ class Limits:
         Raises:
             UsageError: the scatter list is so fine that ``seg_max`` elements do not fill one block.
         """
-        parts = self._segments(buffers)
+        parts = list(_contiguous(buffers))
+        number = start = 0
         sector = offset // spec.SECTOR
-        while parts:
-            taken, total, whole = 0, 0, 0
-            for number, part in enumerate(parts[: self.seg_max], 1):
-                if total + part.nbytes > MOST_BYTES and whole:
-                    break
-                total += part.nbytes
-                taken = number
-                whole = total - total % self.block_size
-            if not whole:
+        while number < len(parts):
+            request: list[DmaBuffer] = []
+            total, ahead, at = 0, number, start
+            while ahead < len(parts) and len(request) < self.seg_max and total < MOST_BYTES:
+                part = parts[ahead]
+                length = min(self.size_max, part.nbytes - at, MOST_BYTES - total)
+                request.append(part if length == part.nbytes else part[at : at + length])
+                total, at = total + length, at + length
+                if at == part.nbytes:
+                    ahead, at = ahead + 1, 0
+            over = total % self.block_size
+            if over == total:
                 raise UsageError(
-                    f"{taken} scatter elements hold {total} bytes, no block of {self.block_size}, and the "
-                    f"device takes at most seg_max = {self.seg_max} in a request"
+                    f"{len(request)} scatter elements hold {total} bytes, no block of {self.block_size}, and "
+                    f"the device takes at most seg_max = {self.seg_max} in a request"
                 )
-            request, back = parts[:taken], total - whole
-            del parts[:taken]
-            rest: list[DmaBuffer] = []
-            while back:
+            whole = total - over
+            while over:
                 last = request.pop()
-                keep = max(last.nbytes - back, 0)
-                rest.insert(0, last[keep:])
-                back -= last.nbytes - keep
-                if keep:
-                    request.append(last[:keep])
-            parts[:0] = rest
+                if last.nbytes > over:
+                    request.append(last[: last.nbytes - over])
+                over -= min(over, last.nbytes)
             yield sector, request
             sector += whole // spec.SECTOR
+            while whole:
+                step = min(whole, parts[number].nbytes - start)
+                whole, start = whole - step, start + step
+                if start == parts[number].nbytes:
+                    number, start = number + 1, 0
 
-    def _segments(self, buffers: Sequence[DmaBuffer]) -> list[DmaBuffer]:
-        """The buffers as elements that are contiguous on the bus and at most ``size_max`` long."""
-        parts = []
-        for buffer in buffers:
-            start = 0
-            for segment in buffer.segments:
-                for cut in range(0, segment.length, self.size_max):
-                    length = min(self.size_max, segment.length - cut)
-                    whole = length == buffer.nbytes
-                    parts.append(buffer if whole else buffer[start + cut : start + cut + length])
-                start += segment.length
-        return parts
+
+def _contiguous(buffers: Sequence[DmaBuffer]) -> Iterator[DmaBuffer]:
+    """The buffers cut where they continue elsewhere on the bus."""
+    for buffer in buffers:
+        if len(buffer.segments) == 1:
+            yield buffer
+            continue
+        start = 0
+        for segment in buffer.segments:
+            yield buffer[start : start + segment.length]
+            start += segment.length
 
 
 def _ranges(config: dict[str, int], name: str, alignment: str, block: int) -> RangeLimits:

@@ -110,12 +110,12 @@ def test_fio_verifies_what_it_wrote(lab: Lab) -> None:
     vm = lab.vm
     data(gpv(vm, f"blk up {lab.address} --queues 4 --detach --json").check())
     result = vm.run(
-        "fio --name=verify --filename=/dev/nbd0 --direct=1 --ioengine=libaio --rw=randrw --bs=4k --iodepth=8 "
-        f"--numjobs=4 --size={FIO_MIB // 4}m --offset_increment={FIO_MIB // 4}m --verify=crc32c "
+        "fio --name=verify --filename=/dev/nbd0 --direct=1 --ioengine=libaio --rw=randrw --bs=4k "
+        f"--numjobs=4 --iodepth=32 --size={FIO_MIB // 4}m --offset_increment={FIO_MIB // 4}m --verify=crc32c "
         "--verify_fatal=1 --group_reporting --output-format=json",
         timeout=900,
     ).check()
-    (job,) = json.loads(result.stdout)["jobs"]
+    (job,) = json.loads(result.stdout[result.stdout.index("{") :])["jobs"]
     assert job["error"] == 0
     assert job["write"]["io_bytes"] > (FIO_MIB << 20) // 3
     assert job["read"]["io_bytes"] > (FIO_MIB << 20) // 3

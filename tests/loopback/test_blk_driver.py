@@ -20,6 +20,7 @@ from guestpv.drivers.blk_errors import BlkIoError, BlkUnsupported, OutcomeUnknow
 from guestpv.drivers.blk_queue import Outcome, Request
 from guestpv.errors import DeviceViolation, Refused, TimeLimit, UsageError
 from guestpv.spec import blk as spec
+from guestpv.transport.base import FeatureFilter
 from guestpv.transport.pci import PciTransport
 
 RANDOM = np.random.default_rng(5)
@@ -156,8 +157,18 @@ def test_ranges_are_split(make: Make) -> None:
 def test_limits_that_make_no_sense_are_refused_by_name(make: Make, config: dict[str, int], says: str) -> None:
     disk = make(size_max=4096)
     disk.model.config |= config
+    disk.transport.feature_filter = FeatureFilter(required=1 << spec.F_SIZE_MAX)
     with pytest.raises(Refused, match=says):
         disk.blk.restart()
+
+
+def test_a_size_max_of_zero_is_not_accepted_and_so_does_not_apply(make: Make) -> None:
+    disk = make(size_max=4096)
+    disk.model.config["size_max"] = 0
+    disk.blk.restart()
+    assert not disk.transport.has(spec.F_SIZE_MAX)
+    assert disk.blk.limits.size_max == 1 << 20
+    disk.blk.write(0, noise(65536))
 
 
 @pytest.mark.parametrize("field", ["max_discard_sectors", "max_discard_seg"])
