@@ -27,6 +27,10 @@ packages_of() {
         ;;
     qemu) # real devices without a guest
         echo "qemu-system-x86 qemu-system-x86_64"
+        echo "iproute2 ip"
+        echo "util-linux unshare"
+        echo "dpkg dpkg-deb"
+        echo "debian-archive-keyring /usr/share/keyrings/debian-archive-keyring.gpg"
         echo "qemu-utils qemu-storage-daemon" # Debian 12 has it in qemu-system-common, which qemu-system-x86 needs
         ;;
     guest) # the guest lab
