@@ -49,6 +49,7 @@ def lab(boot: Callable[..., Machine], tmp_path: Path) -> Lab:
         blockdevs=[
             f"driver=raw,node-name=disk,discard=unmap,file.driver=file,file.filename={image},file.aio=threads"
         ],
+        cpus=4,
         limit=1200,
     )
     return Lab(vm, vm.address("disk0"), image)
