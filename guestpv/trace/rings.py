@@ -202,7 +202,7 @@ def _by_id(state: RingState) -> dict[int, Buffer]:
 def _batch(state: RingState, last: Buffer) -> list[Buffer]:
     """The buffers that a used element with this id returns (2.7.9, 2.8.8)."""
     if state.features >> ft.F_IN_ORDER & 1:
-        return [buffer for buffer in state.buffers if buffer.turn <= last.turn]
+        return [b for b in state.buffers if b.state is State.DEVICE and b.turn <= last.turn]
     return [last]
 
 
@@ -277,7 +277,7 @@ def _packed(state: RingState, rings: PackedRings, shadow: Any) -> None:
             if buffer.state is State.DEVICE:
                 buffer.state = State.USED
             step += buffer.count
-        step = min(step, taken - shadow.unpublished - at)
+        step = min(max(1, step), taken - shadow.unpublished - at)
         states[at : at + step] = [State.USED] + [State.SKIPPED] * (step - 1)
         at += step
     owners = _owners(state, taken)
