@@ -19,7 +19,6 @@ from typing import Any, Final, Self
 from urllib.parse import parse_qsl
 
 from ..devices.function import SoftwareFunction
-from ..devices.interrupts import signal
 from ..devices.loopback import open_function
 from ..devices.pciconfig import SIZE as CONFIG_SIZE
 from ..errors import DeviceGone, GuestpvError, UsageError
@@ -37,10 +36,8 @@ from ..wire.vfio_user import (
     DmaMap,
     DmaUnmap,
     Exchange,
-    IrqFlag,
     IrqInfo,
     IrqSet,
-    IrqSetFlag,
     Message,
     ProtocolError,
     RegionAccess,
@@ -48,6 +45,7 @@ from ..wire.vfio_user import (
     RegionInfo,
     Version,
 )
+from .vfio_user_interrupts import ClientInterrupts, Wishes
 from .vfio_user_memory import ADDRESSES, MAX_MAPS, ClientMemory, Objection
 
 MESSAGE_SECONDS: Final = 5.0
@@ -60,7 +58,6 @@ LIMITS: Final = {
     "max_dma_maps": MAX_MAPS,
     "pgsizes": PAGE_SIZE,
 }
-EVENTFD: Final = "anon_inode:[eventfd]"
 
 Handler = Callable[[Any, list[int]], object]
 """Takes a command's payload and its descriptors, of which it removes those it keeps; returns the answer's."""
@@ -73,6 +70,9 @@ class Connection:
         function: what it uses.
         channel: the connected socket, owned from here on.
         tell: called with what a person may want to know.
+
+    Attributes:
+        interrupts: the client's eventfds.
     """
 
     def __init__(self, function: SoftwareFunction, channel: Channel, tell: Callable[[str], None]) -> None:
@@ -81,9 +81,7 @@ class Connection:
         self._tell = tell
         self._memory = ClientMemory(function)
         self._greeted = False
-        self._vectors: dict[int, int] = {}
-        self._intx = -1
-        self._intx_masked = False
+        self.interrupts = ClientInterrupts(function)
         self._handlers: dict[int, Handler] = {
             Command.VERSION: self._version,
             Command.DMA_MAP: self._dma_map,
@@ -234,85 +232,11 @@ class Connection:
 
     def _get_irq_info(self, asked: IrqInfo, fds: list[int]) -> IrqInfo:
         _check_room(asked.argsz, wire.IRQ_INFO_FORM.size)
-        flags, count = self._irq(asked.index)
-        return IrqInfo(wire.IRQ_INFO_FORM.size, flags, asked.index, count)
-
-    def _irq(self, index: int) -> tuple[int, int]:
-        """Flags and number of a kind of interrupt."""
-        if index >= wire.NUM_IRQS:
-            raise Objection(EINVAL, f"there is no interrupt index {index}")
-        if index == wire.INTX:
-            return IrqFlag.EVENTFD | IrqFlag.MASKABLE | IrqFlag.AUTOMASKED, 1
-        return (IrqFlag.EVENTFD, self.function.msix_vectors) if index == wire.MSIX else (0, 0)
+        return self.interrupts.info(asked.index)
 
     def _set_irqs(self, asked: IrqSet, fds: list[int]) -> wire.Nothing:
-        _, count = self._irq(asked.index)
-        chosen = range(asked.start, asked.start + asked.count)
-        if chosen.stop > count:
-            raise Objection(EINVAL, f"interrupts {chosen.start} to {chosen.stop - 1} of {count}")
-        if any(SYSTEM.readlink(f"/proc/self/fd/{fd}") != EVENTFD for fd in fds):
-            raise Objection(EINVAL, "a descriptor is no eventfd")
-        data = asked.flags & (IrqSetFlag.DATA_NONE | IrqSetFlag.DATA_BOOL | IrqSetFlag.DATA_EVENTFD)
-        action = asked.flags & ~data
-        if data == IrqSetFlag.DATA_EVENTFD:
-            if action != IrqSetFlag.ACTION_TRIGGER or not asked.count or len(fds) not in (0, asked.count):
-                raise Objection(ENOTSUP, f"{len(fds)} eventfds for action {action:#x}")
-            self._attach(asked.index, chosen, fds)
-        elif data == IrqSetFlag.DATA_NONE and action == IrqSetFlag.ACTION_TRIGGER and not asked.count:
-            self._detach(asked.index)
-        elif data == IrqSetFlag.DATA_NONE or (
-            data == IrqSetFlag.DATA_BOOL and len(asked.data) == asked.count
-        ):
-            wanted = asked.data or b"\1" * asked.count
-            self._act(asked.index, action, [n for n, on in zip(chosen, wanted, strict=True) if on])
-        else:
-            raise Objection(EINVAL, f"flags {asked.flags:#x} with {len(asked.data)} bytes")
+        self.interrupts.set(asked, fds)
         return wire.Nothing()
-
-    def _attach(self, index: int, chosen: range, fds: list[int]) -> None:
-        """Signal these eventfds from now on, or none where none came."""
-        if index == wire.INTX:
-            self._set_intx(fds.pop() if fds else -1)
-            return
-        old = [self._vectors.pop(vector) for vector in chosen if vector in self._vectors]
-        self._vectors.update(zip(chosen, fds, strict=False))
-        fds.clear()
-        self.function.set_irqs({vector: self._vectors.get(vector) for vector in chosen})
-        wire.close_all(old)
-
-    def _detach(self, index: int) -> None:
-        if index == wire.INTX:
-            self._set_intx(-1)
-            return
-        self.function.set_irqs({})
-        wire.close_all(self._vectors.values())
-        self._vectors.clear()
-        # That took the eventfd of INTx away, too.
-        self._show_intx()
-
-    def _set_intx(self, fd: int) -> None:
-        old, self._intx = self._intx, fd
-        self._intx_masked = False
-        self._show_intx()
-        if old >= 0:
-            os.close(old)
-
-    def _show_intx(self) -> None:
-        """Attach INTx's eventfd, which also lets the next event through; or take it away."""
-        self.function.set_intx(None if self._intx < 0 or self._intx_masked else self._intx)
-
-    def _act(self, index: int, action: int, chosen: list[int]) -> None:
-        """Mask, unmask or trigger interrupts at the client's wish."""
-        if action == IrqSetFlag.ACTION_TRIGGER:
-            fds = [self._intx] if index == wire.INTX else [self._vectors.get(n, -1) for n in chosen]
-            for fd in fds:
-                if fd >= 0 and chosen:
-                    signal(fd)
-        elif index != wire.INTX or action not in (IrqSetFlag.ACTION_MASK, IrqSetFlag.ACTION_UNMASK):
-            raise Objection(ENOTSUP, f"action {action:#x} on interrupt index {index}")
-        elif chosen:
-            self._intx_masked = action == IrqSetFlag.ACTION_MASK
-            self._show_intx()
 
     # Reset and the end
 
@@ -325,18 +249,13 @@ class Connection:
         """Switch the function off, forget the client's memory and eventfds, hang up."""
         function = self.function
         with function.executor:
-            function.set_irqs({})
+            self.interrupts.close()
             function.registers.power_on()
             function.config.reset()
             function.interrupts.reset()
             # The command register is obeyed when it is written.
             function.config_write(pci.PCI_CONFIG_COMMAND, 2, 0)
             self._memory.close()
-        wire.close_all(self._vectors.values())
-        self._vectors.clear()
-        if self._intx >= 0:
-            os.close(self._intx)
-            self._intx = -1
         self.channel.close()
 
 
@@ -380,7 +299,9 @@ class VfioUserServer:
         self._stop = SYSTEM.eventfd()
         self._selector = selectors.DefaultSelector()
         self._selector.register(self._listener, selectors.EVENT_READ)
-        self._selector.register(self._stop, selectors.EVENT_READ)
+        self._wishes = Wishes(function)
+        for fd in (self._stop, *self._wishes.fds):
+            self._selector.register(fd, selectors.EVENT_READ)
 
     def _listen(self) -> None:
         if not self.path:
@@ -416,6 +337,9 @@ class VfioUserServer:
             ready = {key.fd for key, _ in self._selector.select(QUIET_SECONDS if waiting else None)}
             if ready & ends:
                 return
+            for index in self._wishes.take(ready):
+                if self.connection is not None:
+                    self.connection.interrupts.fire(index, [0])
             # A client that went away makes room for the one that came after it.
             if self.connection is not None and self.connection.channel.fileno() in ready:
                 self._serve(self.connection)

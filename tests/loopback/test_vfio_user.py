@@ -345,7 +345,7 @@ def test_information(raw: Session) -> None:
     sizes = [raw.call(wire.GET_REGION_INFO, wire.RegionInfo(32, index=n))[0].size for n in range(9)]
     assert sizes == [4096, 0, 0, 0, 16384, 0, 0, 4096, 0]
     counts = [raw.call(wire.GET_IRQ_INFO, wire.IrqInfo(16, index=n))[0].count for n in range(5)]
-    assert counts == [1, 0, 2, 0, 0]
+    assert counts == [1, 0, 2, 1, 1]
     assert refused(raw, wire.GET_INFO, wire.DeviceInfo(15)) == EINVAL
     assert refused(raw, wire.GET_REGION_INFO, wire.RegionInfo(31, index=0)) == EINVAL
     assert refused(raw, wire.GET_REGION_INFO, wire.RegionInfo(32, index=9)) == EINVAL
@@ -474,7 +474,10 @@ def test_intx_is_masked_at_each_event_and_by_command(serve: Serve) -> None:
     ("action", "errno"),
     [
         (act(ATTACH, start=1, count=2), EINVAL),
-        (act(ATTACH, index=wire.ERR), EINVAL),
+        (act(ATTACH, index=wire.ERR, start=1), EINVAL),
+        (act(ATTACH, index=1), EINVAL),
+        (act(IrqSetFlag.DATA_NONE | IrqSetFlag.ACTION_UNMASK, index=wire.REQ), ENOTSUP),
+        (act(IrqSetFlag.DATA_NONE, data=b"\1\1\1"), ENOTSUP),
         (act(ATTACH, index=9), EINVAL),
         (act(ATTACH, count=0), ENOTSUP),
         (act(IrqSetFlag.DATA_EVENTFD | IrqSetFlag.ACTION_UNMASK, wire.INTX), ENOTSUP),
@@ -496,6 +499,18 @@ def test_descriptors_that_do_not_fit_are_refused(raw: Session) -> None:
     assert refused(raw, wire.RESET, wire.Nothing(), fds[:1]) == EINVAL
     for fd in fds:
         os.close(fd)
+
+
+def test_a_function_asks_to_be_let_go_of_and_reports_errors(serve: Serve) -> None:
+    server = serve()
+    with opened(server) as transport:
+        request, error = transport.release_fds()
+        assert request is not None
+        assert error is not None
+        server.function.request_removal()
+        assert SYSTEM.poll([request, error], 5) == [request]
+        server.function.report_error()
+        assert SYSTEM.poll([error], 5) == [error]
 
 
 # Memory
@@ -1031,20 +1046,23 @@ def test_a_client_that_dies_in_the_middle_of_a_message(serve: Serve, monkeypatch
         assert len(rng.read(8)) == 8
 
 
+LIKELY = [0, 1, 2, 4, 7, 20, 32, 33, 36, PAGE]
+"""Lengths, flags, indexes and counts that nearly make sense."""
+
+
 def test_random_messages_harm_nobody(serve: Serve, memory: int) -> None:
     server = serve("net", findings=True)
     dice = random.Random(7)
+    event = eventfd()
     before = descriptors()
-    for _ in range(20):
+    for _ in range(40):
         channel = connected(server)
         for number in range(60):
             command = dice.choice([*wire.EXCHANGES, dice.randrange(70)])
             size = wire.EXCHANGES[command].sends.size if command in wire.EXCHANGES else 0
-            words = [
-                dice.choice([0, 1, 2, 4, 7, 20, 32, PAGE, dice.getrandbits(32)]) for _ in range(size // 4)
-            ]
+            words = [dice.choice([*LIKELY, dice.getrandbits(32)]) for _ in range(size // 4)]
             payload = struct.pack(f"<{len(words)}I", *words) + dice.randbytes(dice.choice([0, 0, 1, 4]))
-            fds = dice.choice([(), (), (memory,), (0, memory)])
+            fds = dice.choice([(), (), (memory,), (event,), (0, memory)])
             channel.send(Message(number, command, payload, fds))
             reply = channel.receive()
             assert (reply.id, reply.command, reply.is_reply) == (number, command, True)
@@ -1052,6 +1070,7 @@ def test_random_messages_harm_nobody(serve: Serve, memory: int) -> None:
         until(lambda: server.connection is None)
     assert descriptors() == before
     assert mappings() == 0
+    os.close(event)
     with opened(server) as transport, Net(transport) as net:
         assert net.send([bytes(60)]) == 1
 
