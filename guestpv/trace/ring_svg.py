@@ -19,6 +19,8 @@ HIGH: Final = 24
 TOP: Final = 76
 LIMIT: Final = 40
 """Rows drawn of a large ring: those in use and their neighbours, up to this many."""
+IDS: Final = 90
+"""Characters of the free list that are written down."""
 NAME: Final = 10
 """Characters of a buffer's name that fit into a row."""
 TABLES: Final = 4
@@ -124,7 +126,7 @@ class _Picture:
         for x, w, side, where in ((left, wide, "driver", "avail"), (right, narrow, "device", "used")):
             self._field(x, first, w, "flags", str(fields[f"{where}.flags"]), side)
             self._field(x, first + HIGH, w, "idx", f"0x{fields[f'{where}.idx']:04x}", side, bold=True)
-        columns = ((0, "#"), (34, "addr"), (146, "len"), (200, "flags"), (298, "next"), (346, "buffer"))
+        columns = ((0, "#"), (40, "addr"), (148, "len"), (194, "flags"), (286, "next"), (328, "buffer"))
         for offset, name in columns:
             page.text(middle + offset + 8, first + HIGH + 16, name, colour="quiet", size=11.5)
         y = first + 2 * HIGH
@@ -158,31 +160,32 @@ class _Picture:
     ) -> None:
         state, page = self.state, self.page
         entry, element = state.avail[number], state.used[number]
+        label = f"ring[{number}]" if state.size <= 16 else f"[{number}]"
         page.box(left[0], y, left[1], HIGH, fill=FILL[entry.state], stroke="driver")
-        page.text(left[0] + 8, y + 16, f"ring[{number}]", colour="quiet")
+        page.text(left[0] + 8, y + 16, label, colour="quiet")
         colour = "ink" if entry.state is not State.FREE else "quiet"
         page.text(left[0] + 104, y + 16, str(entry.id) if entry.written else "·", colour=colour)
         if entry.written and entry.state is State.FREE:
             page.text(left[0] + 136, y + 16, "past", colour="quiet", size=11)
         page.box(right[0], y, right[1], HIGH, fill=FILL[element.state], stroke="device")
-        page.text(right[0] + 8, y + 16, f"ring[{number}]", colour="quiet")
+        page.text(right[0] + 8, y + 16, label, colour="quiet")
         if element.state is State.SKIPPED:
-            page.text(right[0] + 76, y + 16, "not written", colour="quiet", size=11)
+            page.text(right[0] + 70, y + 16, "not written", colour="quiet", size=11)
         elif element.written:
             colour = "ink" if element.state is State.USED else "quiet"
-            page.text(right[0] + 76, y + 16, f"id {element.id}", colour=colour)
-            page.text(right[0] + 122, y + 16, f"len {element.length}", colour=colour)
+            page.text(right[0] + 70, y + 16, f"id {element.id}", colour=colour)
+            page.text(right[0] + 130, y + 16, f"len {element.length}", colour=colour)
         row = state.rows[number]
         x = middle[0]
         page.box(x, y, middle[1], HIGH, fill=FILL[row.state], stroke="driver")
         colour = "ink" if row.state is not State.FREE else "quiet"
         page.text(x + 8, y + 16, str(number), colour="quiet")
         if row.length or row.state is not State.FREE:
-            page.text(x + 42, y + 16, f"{row.address:#x}", colour=colour)
-            page.text(x + 154, y + 16, str(row.length), colour=colour)
-            page.text(x + 208, y + 16, flag_names(row.flags), colour=colour, size=11.5)
-            page.text(x + 306, y + 16, str(row.link) if row.flags & 1 else "·", colour=colour)
-        page.text(x + 354, y + 16, self._whose(row), colour=colour, size=11.5)
+            page.text(x + 48, y + 16, f"{row.address:#x}", colour=colour)
+            page.text(x + 156, y + 16, str(row.length), colour=colour)
+            page.text(x + 202, y + 16, flag_names(row.flags), colour=colour, size=11.5)
+            page.text(x + 294, y + 16, str(row.link) if row.flags & 1 else "·", colour=colour)
+        page.text(x + 336, y + 16, self._whose(row), colour=colour, size=11.5)
 
     def _whose(self, row: Row) -> str:
         if row.owner is None or row.state in (State.SKIPPED, State.READ):
@@ -200,7 +203,7 @@ class _Picture:
         first = TOP + 26
         columns = (
             (0, "#"),
-            (34, "addr"),
+            (40, "addr"),
             (146, "len"),
             (198, "id"),
             (234, "AVAIL"),
@@ -237,7 +240,7 @@ class _Picture:
         colour = "ink" if row.state in (State.PLACED, State.DEVICE, State.USED) else "quiet"
         page.text(x + 10, y + 16, str(number), colour="quiet")
         if written:
-            page.text(x + 42, y + 16, f"{row.address:#x}", colour="quiet" if by_device else colour)
+            page.text(x + 48, y + 16, f"{row.address:#x}", colour="quiet" if by_device else colour)
             page.text(x + 154, y + 16, str(row.length), colour=colour)
             page.text(x + 206, y + 16, str(row.link), colour=colour)
             page.text(x + 256, y + 16, str(int(marks[0])), colour=colour, bold=True)
@@ -384,7 +387,7 @@ class _Picture:
             )
         if len(state.buffers) > 8:
             lines.append(f"and {len(state.buffers) - 8} more in flight")
-        ids = " → ".join(map(str, state.free[:20])) + (" → …" if len(state.free) > 20 else "")
+        ids = textwrap.shorten(" → ".join(map(str, state.free)), IDS, placeholder=" …")
         if state.packed:
             free = f"{_many(state.free_rows, 'descriptor', 'descriptors')} free; free ids: {ids or 'none'}"
         else:

@@ -91,7 +91,7 @@ def test_functions_and_files_that_the_page_names_exist() -> None:
         assert (package / name).exists() or (package.parent / name).exists(), name
 
 
-@pytest.mark.requirement("DRV-SPLIT-26")
+@pytest.mark.requirement("DRV-SPLIT-27", "DRV-SPLIT-28")
 def test_the_pages_event_arithmetic_is_the_cores() -> None:
     rows = list(table("old"))
     assert len(rows) == 6
