@@ -21,7 +21,8 @@ CONFIG_POLL: Final = 1.0
 """Seconds between looks at the capacity where no configuration interrupt announces a change."""
 MODULE_LIMIT: Final = 30.0
 STAGING: Final = 256 << 10
-SPIN_US: Final = 20
+SPIN_US: Final = 300
+"""Longest look for a completion before sleeping; a slow disk is soon looked for more briefly."""
 
 
 class BlkService:
@@ -33,6 +34,7 @@ class BlkService:
         queues: connections, each with its own queue and thread; None takes as many as device and processors
             have, at most four.
         poll: spin instead of waiting for interrupts.
+        spin_us: look for completions at most so long before sleeping.
 
     Raises:
         GuestpvError: negotiation or the set-up failed; the device is reset and given back.
