@@ -1,0 +1,134 @@
+"""Pages a second into and out of the balloon: guestpv and the kernel's driver, in turns in one guest.
+
+The host asks, and looks at ``actual`` until it was done. Also counted: accesses to device registers, and what
+guestpv needs of the guest's memory for itself.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from pathlib import Path
+
+from guestvm import Machine
+from guestvm.accesses import TRACE_EVENTS, Phase, phases
+
+from .report import Row, median, sample
+
+KERNEL = "6.12"
+MEMORY = 2048
+"""MiB of the guest."""
+MOVED = 512
+"""MiB that go into the balloon and out again."""
+PAGES = MOVED << 8
+DEVICE = "virtio-balloon-pci,disable-legacy=on,deflate-on-oom=on"
+PEER = "linux"
+OVERHEAD_LIMIT = 0.005
+REGIONS = "virtio-pci-"
+LOOK = 0.005
+
+
+def ask(vm: Machine, mib: int) -> float:
+    """Set the target to so many MiB for the guest; pages a second until it was met."""
+    before = vm.qmp("query-balloon")["actual"] >> 20
+    started = time.monotonic()
+    vm.qmp("balloon", value=mib << 20)
+    while vm.qmp("query-balloon")["actual"] >> 20 != mib:
+        if time.monotonic() - started > 120:
+            raise RuntimeError(f"the guest did not get from {before} to {mib} MiB within 120 s")
+        time.sleep(LOOK)
+    return (abs(mib - before) << 8) / (time.monotonic() - started)
+
+
+def plug(vm: Machine, ours: bool) -> None:
+    """Give the guest a balloon, driven by us or by the kernel (which refuses ACCESS_PLATFORM)."""
+    vm.plug(f"{DEVICE},id=balloon0" + (",iommu_platform=on,ats=on" if ours else ""))
+    if ours:
+        vm.run("guestpv balloon up --detach --rate 1T --keep-free 64M", timeout=90).check()
+    else:
+        vm.run(
+            "for i in $(seq 100); do grep -q DRIVER=virtio_balloon /sys/bus/virtio/devices/*/uevent && exit; "
+            "sleep 0.1; done; exit 1"
+        ).check()
+
+
+def unplug(vm: Machine, ours: bool) -> None:
+    if ours:
+        vm.run("guestpv balloon down", timeout=90).check()
+    vm.unplug("balloon0")
+
+
+def used(vm: Machine) -> int:
+    """Bytes of the guest's memory that are in use for good."""
+    vm.run("sync; echo 3 > /proc/sys/vm/drop_caches").check()
+    lines = vm.read_file("/proc/meminfo").decode().splitlines()
+    info = {name: int(rest.split()[0]) << 10 for name, _, rest in (line.partition(":") for line in lines)}
+    return info["MemTotal"] - info["MemFree"] - info["Buffers"] - info["Cached"] - info["SReclaimable"]
+
+
+def trace(vm: Machine, on: bool) -> None:
+    for name in TRACE_EVENTS:
+        vm.qmp("trace-event-set-state", name=name, enable=on)
+
+
+def run(quick: bool) -> tuple[dict[str, str], list[Row]]:
+    """All measurements."""
+    samples: dict[tuple[str, bool], list[tuple[float, bool]]] = {}
+    rows: list[Row] = []
+    rounds = 1 if quick else 5
+    with tempfile.TemporaryDirectory() as directory:
+        log = Path(directory) / "trace"
+        with Machine(
+            KERNEL,
+            devices=[],
+            memory=MEMORY,
+            limit=1500,
+            boot_limit=120,
+            trace=(log, TRACE_EVENTS),
+        ) as vm:
+            trace(vm, False)
+            for number in range(rounds + 1):
+                for ours in (True, False):
+                    plug(vm, ours)
+                    counted = number == rounds
+                    if counted:
+                        trace(vm, True)
+                        vm.mark("o" if ours else "k")
+                    for way, mib in (("inflate", MEMORY - MOVED), ("deflate", MEMORY)):
+                        taken = sample(lambda mib=mib: ask(vm, mib))  # type: ignore[misc]
+                        if not counted:
+                            samples.setdefault((way, ours), []).append(taken)
+                    if counted:
+                        vm.mark("x")
+                        trace(vm, False)
+                    unplug(vm, ours)
+            rows += [overhead(vm)]
+        found = phases(log)
+    for way in ("inflate", "deflate"):
+        (mine, dropped), (peer, _) = (median(samples[way, ours]) for ours in (True, False))
+        rows.append(Row(way, "pages_per_s", mine, PEER, peer, mine / peer, rounds, dropped))
+    counts = [accesses(found[letter]) for letter in "ok"]
+    mine, peer = (1000 * count / (2 * PAGES) for count in counts)
+    rows.append(
+        Row("inflate and deflate", "accesses_per_1000_pages", mine, PEER, peer, mine / peer, limit=1.0)
+    )
+    return {"kernel": KERNEL, "accelerator": vm.accel}, rows
+
+
+def accesses(phase: Phase) -> int:
+    """Accesses to the registers of modern virtio functions: common, notify, ISR and device structure."""
+    both = phase.reads + phase.writes
+    return sum(count for name, count in both.items() if name.startswith(REGIONS) and "balloon" in name)
+
+
+def overhead(vm: Machine) -> Row:
+    """What a ballooned byte takes besides itself: bookkeeping, page tables, the kernel's records."""
+    plug(vm, True)
+    ask(vm, MEMORY - 64)
+    before = used(vm)
+    ask(vm, MEMORY - 64 - MOVED)
+    more = used(vm) - before - (MOVED << 20)
+    unplug(vm, True)
+    size = MOVED << 20
+    return Row("memory besides the balloon", "bytes_per_byte", more / size, "budget", OVERHEAD_LIMIT,
+               more / size / OVERHEAD_LIMIT, limit=1.0)  # fmt: skip
