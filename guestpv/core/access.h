@@ -2,7 +2,7 @@
  *
  * Ordinary build: the orders are C11's, through the compiler's builtins; accesses without an order are volatile, which is
  * one access as well, and unlike a relaxed builtin lets GCC keep what it knows about other memory. With VIRTIO_F_ORDER_PLATFORM the device is hardware, which
- * C11 does not know: then the orders are made with device barriers (section 6.3: "barriers suitable for hardware devices").
+ * C11 does not know: then the orders are made with device barriers (chapter 6: "barriers suitable for hardware devices").
  * Observing build (GPV_OBSERVING): the same, and each access goes through a hook first.
  * Model build (GPV_MODEL): model.h maps them to the checker's atomics. */
 #ifndef GPV_ACCESS_H

@@ -185,7 +185,7 @@ static inline int32_t next_entry(struct gpv_queue *q, struct gpv_place place, ui
     }
     *id = GPV_LOAD(q, &d->id);
     *len = GPV_LOAD(q, &d->len);
-    /* Without WRITE len is reserved (2.8.5, DEV-PACKED-21). QEMU never sets WRITE there and means its len all the same;
+    /* Without WRITE len is reserved (2.8.4, DEV-PACKED-21). QEMU never sets WRITE there and means its len all the same;
      * one that cannot be meant counts as nothing written. */
     if (!(flags & GPV_DESC_F_WRITE) && (*id >= q->size || *len > q->slots[*id].writable))
         *len = 0;

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import shutil
 import subprocess
 from pathlib import Path
 
@@ -11,7 +10,6 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 CORE = ROOT / "guestpv" / "core"
-MODEL = Path(__file__).resolve().parent / "core_model"
 ORDER = re.compile(r"GPV_(LOAD_ACQUIRE|STORE_RELEASE|FENCE_FULL)\(")
 ORDERS = [
     pytest.param(path.name, number, id=f"{path.name}:{number}:{match[1]}")
@@ -21,19 +19,7 @@ ORDERS = [
 ]
 SCENARIOS = 14
 
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The core with relacy's atomics in place of ring memory."""
-    if not Path("/usr/include/relacy").exists() or shutil.which("g++") is None:
-        pytest.fail("the model needs Debian's relacy-dev and g++: apt-get install relacy-dev g++")
-    program = tmp_path_factory.mktemp("model") / "model"
-    subprocess.run(
-        ["g++", "-std=gnu++17", "-O2", "-w", f"-I{CORE}", f"-I{MODEL}", MODEL / "model.cpp", "-o", program],
-        check=True,
-        timeout=300,
-    )
-    return program
+pytestmark = pytest.mark.xdist_group("core-model")
 
 
 @pytest.mark.timeout(400)

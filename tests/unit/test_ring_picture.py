@@ -23,9 +23,7 @@ from guestpv.errors import UsageError
 from guestpv.trace import ring_picture
 from guestpv.trace.rings import State, ring_state
 
-from .test_ring_model import CORE, ORDER, ORDERS, model
-
-__all__ = ["model"]
+from .test_ring_model import CORE, ORDER, ORDERS
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 PAGE = DOCS / "how-a-virtqueue-works.md"
@@ -148,6 +146,7 @@ def test_the_pages_fences_are_the_cores() -> None:
 
 @pytest.mark.timeout(400)
 @pytest.mark.requirement("DRV-SPLIT-32", "DRV-SPLIT-33", "DRV-PACKED-19", "DRV-PACKED-20")
+@pytest.mark.xdist_group("core-model")
 def test_the_model_finds_what_the_page_says_without_a_fence(model: Path) -> None:
     told = []
     for param in ORDERS:
