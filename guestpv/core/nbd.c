@@ -37,7 +37,7 @@ enum {
     MOST_PIECES = GPV_NBD_SLOTS + 1,
     INPUT = 16384,
     LOOK_NS = 20000,
-    FIRST_WINDOW_NS = 20000,
+    MOST_VAIN = 4,
 };
 #define NONE UINT32_MAX
 
@@ -67,7 +67,7 @@ struct gpv_nbd {
     uint32_t added;         /* since the last publish */
     int blocked;            /* the next request has to wait for slots */
     int ending;
-    int64_t window;         /* ns to look before sleeping */
+    uint32_t vain;          /* looks for completions without success */
     uint32_t have, used;    /* of `input`: filled, and consumed from its start */
     uint8_t input[INPUT];
 };
@@ -519,16 +519,21 @@ static int64_t now_ns(void)
     return (int64_t)t.tv_sec * 1000000000 + t.tv_nsec;
 }
 
-/* Looks for completions, and now and then for requests, for as long as the device has lately needed. Going to sleep
- * and being woken costs a virtual processor far more than a fast disk takes. Returns whether there is something. */
-static int32_t spin(struct gpv_nbd *e, int64_t start)
+/* Looks for completions, and now and then for requests, before sleeping: to go to sleep and be woken costs a virtual
+ * processor far more than a fast disk takes. After a few looks in vain only every sixteenth wait begins with one.
+ * How long a sleep took says nothing: it is mostly the waking. Returns whether there is something. */
+static int32_t spin(struct gpv_nbd *e)
 {
     struct pollfd input = { .fd = e->ending || e->blocked ? -1 : e->c.socket, .events = POLLIN };
-    int64_t now = start, look = start + LOOK_NS;
-    while (now < start + e->window) {
+    if (e->vain >= MOST_VAIN && ++e->vain % 16)
+        return 0;
+    int64_t start = now_ns(), now = start, look = start + LOOK_NS;
+    while (now < start + e->c.spin_ns) {
         int32_t pending = gpv_pending(e->c.queue);
-        if (pending)
+        if (pending) {
+            e->vain = 0;
             return pending;
+        }
         now = now_ns();
         if (now >= look) {
             look = now + LOOK_NS;
@@ -536,27 +541,14 @@ static int32_t spin(struct gpv_nbd *e, int64_t start)
                 return 1;
         }
     }
+    e->vain++;
     return 0;
-}
-
-/* The window follows what a wait took: wide enough for it if the limit allows, narrower while waits are long. */
-static void adapt(struct gpv_nbd *e, int64_t waited)
-{
-    if (waited <= e->c.spin_ns) {
-        int64_t wanted = 2 * waited > FIRST_WINDOW_NS ? 2 * waited : FIRST_WINDOW_NS;
-        e->window = e->window > wanted ? e->window : wanted;
-        if (e->window > e->c.spin_ns)
-            e->window = e->c.spin_ns;
-    } else {
-        e->window /= 2;
-    }
 }
 
 /* Nothing to do: wait until there is. Returns 0, or a negative code. */
 static int32_t wait_for_work(struct gpv_nbd *e)
 {
-    int64_t start = now_ns();
-    int32_t found = e->busy ? spin(e, start) : 0;
+    int32_t found = e->busy ? spin(e) : 0;
     if (found == 0 && e->busy && e->c.queue_fd >= 0)
         found = gpv_arm(e->c.queue);
     if (found == 0) {
@@ -574,8 +566,6 @@ static int32_t wait_for_work(struct gpv_nbd *e)
         if (fds[2].revents & POLLIN && read(e->c.queue_fd, &events, sizeof events) == sizeof events)
             count(&e->n.interrupts, events);
     }
-    if (e->busy)
-        adapt(e, now_ns() - start);
     if (e->c.queue_fd >= 0)
         gpv_disarm(e->c.queue);
     return found < 0 ? found : 0;
