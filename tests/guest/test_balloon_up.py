@@ -338,7 +338,7 @@ def newest_qemu(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_with_msix_on_the_newest_qemu(newest_qemu: Path, boot: Callable[..., Machine]) -> None:
     vm = boot(
         qemu=str(newest_qemu),
-        devices=[BALLOON + ",vectors=6"],
+        devices=[BALLOON + ",vectors=6,bus=pcie.0,addr=0x10"],
         objects=["iothread,id=thread"],
         boot_limit=180,
     )
