@@ -16,7 +16,7 @@ SCHEME: Final = "vfio-user"
 EXAMPLE = """\b
 Examples:
   guestpv serve vfio-user:/run/disk.sock --device 'blk?file=disk.img'
-  guestpv serve vfio-user:/run/net.sock --device 'net?mac=52:54:00:12:34:56&packed=on'
+  guestpv serve vfio-user:/run/net.sock --device 'net?packed=on'
   guestpv info vfio-user:/run/disk.sock
 """
 
