@@ -6,11 +6,9 @@ import time
 from typing import Any
 
 import click
-import numpy as np
 
 from ..errors import UsageError
-from .blk_copy import YES
-from .blk_disk import SIZE, consent, opened
+from .blk_options import SIZE, YES, consent
 from .completion import complete_address
 from .report import Report, reporting
 
@@ -46,6 +44,10 @@ def bench(
     yes: bool,
 ) -> None:
     """Measure random reads, or writes, of the disk SPEC: requests a second, latencies, kicks per request."""
+    import numpy as np
+
+    from .blk_disk import opened
+
     if writing:
         consent(report, yes, f"overwrite {spec} at random places")
     with opened(spec) as disk:

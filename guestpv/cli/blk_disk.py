@@ -1,4 +1,4 @@
-"""What the verbs that use a disk directly share: amounts, disks and files as content, progress, consent."""
+"""What the verbs that use a disk directly share: disks and files as content, copying, progress."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ import os
 import re
 import stat
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any, Final, Protocol
 
-import click
 import numpy as np
 from numpy.typing import NDArray
 
 from ..drivers.blk import Blk
-from ..errors import Refused, UsageError
+from ..errors import GuestpvError, UsageError
 from ..opener import SCHEMES, Spec
 from ..opener import open as open_transport
 from ..vfio.binding import bind, unbind
@@ -24,35 +24,12 @@ from .report import Report
 
 CHUNK: Final = 1 << 20
 """Bytes that are copied at a time."""
-UNITS: Final = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40, "S": 512}
-_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGTS]?)(?:I?B)?", re.IGNORECASE)
 _SPEC = re.compile(
     rf"(?:{'|'.join(map(re.escape, SCHEMES))}):|(?:[0-9a-f]{{4,8}}:)?[0-9a-f]{{2}}:[01][0-9a-f]\.[0-7]",
     re.IGNORECASE,
 )
 
 Bytes = NDArray[np.uint8]
-
-
-class Size(click.ParamType):  # type: ignore[type-arg,unused-ignore]
-    """Bytes, with K, M, G or T (powers of 1024) or s (512-byte sectors): ``4096``, ``1.5G``, ``16s``."""
-
-    name = "size"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        """From text to bytes."""
-        if isinstance(value, int):
-            return value
-        match = _SIZE.fullmatch(value.strip())
-        if match is None:
-            self.fail(f"{value!r} is no size: 4096, 64K, 1.5G, or 16s for sectors", param, ctx)
-        size = float(match[1]) * UNITS[match[2].upper()]
-        if size != int(size):
-            self.fail(f"{value!r} is no whole number of bytes", param, ctx)
-        return int(size)
-
-
-SIZE: Final = Size()
 
 
 class Content(Protocol):
@@ -248,15 +225,108 @@ def progress(report: Report, title: str, total: int | None) -> Iterator[Any]:
         yield lambda done: bars.advance(task, done)
 
 
-def consent(report: Report, yes: bool, what: str) -> None:
-    """Ask before something is destroyed.
+def require_spec(text: str) -> None:
+    """Raise UsageError for a file where a device has to be."""
+    if not is_spec(text):
+        raise UsageError(
+            f"{text} is neither a PCI address nor scheme:body", hint="guestpv list; guestpv blk --help"
+        )
+
+
+def wanted(
+    source: DiskContent | FileContent,
+    target: DiskContent | FileContent,
+    source_offset: int,
+    target_offset: int,
+    length: int | None,
+) -> int | None:
+    """Bytes to copy; None to the end of a stream.
 
     Raises:
-        Refused: nobody is there to ask, or the answer was no.
+        UsageError: the source has less, or the target has less room.
     """
-    if yes:
-        return
-    if report.as_json or not sys.stdin.isatty():
-        raise Refused(f"this would {what}", hint="add --yes if that is what you want")
-    if not click.confirm(f"This will {what}. Go on?", err=True):
-        raise Refused("not done: you said no")
+    if source.size is not None:
+        left = source.size - source_offset
+        if left < 0 or (length is not None and length > left):
+            raise UsageError(f"it has {source.size} bytes", where=source.name)
+        length = left if length is None else length
+    if target.size is not None and target_offset + (length or 0) > target.size:
+        raise UsageError(
+            f"{length} bytes from {target_offset} on do not fit into {target.size}", where=target.name
+        )
+    return length
+
+
+def transfer(
+    report: Report,
+    source: DiskContent | FileContent,
+    target: DiskContent | FileContent,
+    *,
+    source_offset: int,
+    target_offset: int,
+    length: int | None,
+) -> dict[str, Any]:
+    """Copy, skipping over what is known to be zero; flush at the end."""
+    total = wanted(source, target, source_offset, target_offset, length)
+    done = zeroes = 0
+    started = time.monotonic()
+    with progress(report, "copying", total) as advance:
+        while total is None or done < total:
+            step = CHUNK if total is None else min(CHUNK, total - done)
+            hole = source.hole(source_offset + done, step) if isinstance(source, FileContent) else 0
+            if hole == step and total is not None:
+                target.zero(target_offset + done, step)
+                zeroes += step
+            else:
+                data = source.read(source_offset + done, step)
+                if not data.nbytes:
+                    break
+                step = data.nbytes
+                zeroes += put(target, target_offset + done, data)
+            done += step
+            advance(step)
+    if total is not None and done < total:
+        raise GuestpvError(f"ended after {done} of {total} bytes", where=source.name)
+    target.finish(target_offset + done)
+    return {"bytes": done, "zero_bytes": zeroes, "seconds": time.monotonic() - started}
+
+
+def put(target: DiskContent | FileContent, offset: int, data: Bytes) -> int:
+    """Write one chunk, or zero it; returns how many bytes were zeroed."""
+    if data.any():
+        target.write(offset, data)
+        return 0
+    target.zero(offset, data.nbytes)
+    return int(data.nbytes)
+
+
+def compare(
+    report: Report,
+    disk: DiskContent | FileContent,
+    other: DiskContent | FileContent,
+    offset: int,
+    length: int | None,
+) -> int:
+    """Bytes that are the same from ``offset`` of the disk on and from the start of the other.
+
+    Raises:
+        GuestpvError: they differ; the first byte that does is named.
+    """
+    done = 0
+    total = wanted(other, disk, 0, offset, length)
+    with progress(report, "comparing", total) as advance:
+        while total is None or done < total:
+            expected = other.read(done, CHUNK if total is None else min(CHUNK, total - done))
+            if not expected.nbytes:
+                break
+            found = disk.read(offset + done, expected.nbytes)
+            if not np.array_equal(found, expected):
+                same = min(found.nbytes, expected.nbytes)
+                differs = np.flatnonzero(found[:same] != expected[:same])
+                where = offset + done + (int(differs[0]) if differs.size else same)
+                raise GuestpvError(
+                    f"differs from {other.name} at byte {where} (sector {where // 512})", where=disk.name
+                )
+            done += expected.nbytes
+            advance(expected.nbytes)
+    return done

@@ -7,8 +7,6 @@ from typing import Any
 import click
 
 from ..errors import GuestpvError
-from ..spec import blk as spec_blk
-from ..spec import features as feat
 from .completion import complete_address
 from .report import Report, reporting
 
@@ -23,6 +21,8 @@ def info(report: Report, spec: str) -> None:
 
     A function of the kernel's is taken for a moment and given back.
     """
+    from ..spec import blk as spec_blk
+    from ..spec import features as feat
     from .blk_disk import opened
 
     with opened(spec) as disk:

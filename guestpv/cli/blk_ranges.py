@@ -5,8 +5,7 @@ from __future__ import annotations
 import click
 
 from ..errors import UsageError
-from .blk_copy import YES, ranged
-from .blk_disk import CHUNK, DiskContent, consent, opened, progress
+from .blk_options import YES, consent, ranged
 from .completion import complete_address
 from .report import Report, reporting
 
@@ -21,6 +20,8 @@ STEP = 1 << 30
 @reporting
 def discard(report: Report, spec: str, offset: int, length: int | None, yes: bool) -> None:
     """Tell the disk SPEC that a range is no longer needed; what it reads as afterwards is not defined."""
+    from .blk_disk import opened, progress
+
     consent(report, yes, f"discard the content of {spec}{span(offset, length)}")
     with opened(spec) as disk:
         end = end_of(disk.capacity, offset, length)
@@ -45,6 +46,8 @@ def zero(report: Report, spec: str, offset: int, length: int | None, keep: bool,
 
     The disk was flushed when the command returns.
     """
+    from .blk_disk import CHUNK, DiskContent, opened, progress
+
     consent(report, yes, f"zero {spec}{span(offset, length)}")
     with opened(spec) as disk:
         end = end_of(disk.capacity, offset, length)

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 
-from guestpv.cli.blk_disk import Size, is_spec
+from guestpv.cli.blk_disk import is_spec
+from guestpv.cli.blk_options import Size
 from guestpv.cli.main import main
 
 MIB = 1 << 20
