@@ -1,0 +1,150 @@
+"""``guestpv blk up`` without a kernel that has nbd: order of doing and undoing, and waiting while mounted."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+from guestpv.cli import blk_session
+from guestpv.cli.blk_session import BlkSession, Wishes, directory
+from guestpv.cli.main import main
+from guestpv.errors import DeviceGone, GuestpvError, Refused, UsageError
+from guestpv.services.control import ask
+
+log: list[str] = []
+
+
+class FakeService:
+    """What ``BlkService`` shows to a session."""
+
+    name, path, features = "nbd7", "/dev/nbd7", 0
+    busy = 0
+    events: list[list[str]] = []
+
+    def __init__(self, transport: Any, **options: Any) -> None:
+        log.append(f"service {sorted(options.items())}")
+        self.disk = SimpleNamespace(
+            capacity=1 << 20, block_size=512, read_only=False, volatile_cache=True, queues=[None]
+        )
+
+    def watch(self, timeout: float, wake_fd: int | None = None) -> list[str]:
+        log.append("watch")
+        threading.Event().wait(0.01)
+        return FakeService.events.pop(0) if FakeService.events else []
+
+    def stats(self) -> dict[str, Any]:
+        names = ("reads", "writes", "flushes", "discards", "zeroes", "errors", "bytes_read", "bytes_written")
+        counters = dict.fromkeys((*names, "requests", "interrupts", "wakeups", "kicks"), 3)
+        return {"mode": "msix", "capacity": 1 << 20, **counters, "queues": [counters]}
+
+    def settle(self) -> None:
+        log.append("settle")
+        if FakeService.busy:
+            FakeService.busy -= 1
+            raise Refused("/dev/nbd7 is in use: mounted", hint="umount /dev/nbd7")
+
+    def close(self) -> None:
+        log.append("close")
+
+
+@pytest.fixture(autouse=True)
+def stage(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    tmp_path.chmod(0o700)
+    monkeypatch.setenv("RUNTIME_DIRECTORY", str(tmp_path))
+    monkeypatch.setattr(blk_session, "BlkService", FakeService)
+    log.clear()
+    FakeService.busy, FakeService.events = 0, []
+    yield
+    assert not list(Path(directory()).glob("*.sock"))
+
+
+def session(spec: str = "loopback:blk", **wishes: Any) -> tuple[BlkSession, list[str]]:
+    said: list[str] = []
+    return BlkSession(Wishes(spec=spec, **wishes), said.append), said
+
+
+def down_at_once(status: dict[str, Any]) -> None:
+    def end() -> None:
+        answers.append(ask(Path(directory()) / "nbd7.sock", "down", 10))
+
+    answers: list[dict[str, Any]] = []
+    status["thread"] = threading.Thread(target=end)
+    status["thread"].start()
+    threads.append((status["thread"], answers))
+
+
+threads: list[tuple[threading.Thread, list[dict[str, Any]]]] = []
+
+
+def test_up_and_down() -> None:
+    threads.clear()
+    one, said = session(queues=2, poll=True, index=7)
+    one.run(down_at_once, lambda status: None)
+    ((thread, answers),) = threads
+    thread.join(5)
+    assert log[0] == "service [('index', 7), ('poll', True), ('queues', 2)]"
+    assert log[-2:] == ["settle", "close"]
+    assert answers == [{"name": "nbd7", "function": "loopback:blk", "driver": None}]
+    assert said == ["/dev/nbd7 is up: 1048576 bytes", "going down: guestpv blk down"]
+
+
+def test_a_mounted_disk_is_waited_for() -> None:
+    threads.clear()
+    FakeService.busy = 3
+    one, said = session()
+    one.run(down_at_once, lambda status: None)
+    threads[0][0].join(5)
+    assert log.count("settle") == 4
+    assert said[1] == "/dev/nbd7 is in use: mounted; going down once it is not: umount /dev/nbd7"
+    assert said[2] == "going down: guestpv blk down"
+
+
+@pytest.mark.parametrize(
+    ("event", "says"),
+    [
+        ("release requested", "asked for the function back"),
+        ("bus error", "unrecoverable bus error"),
+        ("disconnected", "somebody else disconnected it"),
+    ],
+)
+def test_an_end_that_nobody_asked_for(event: str, says: str) -> None:
+    FakeService.events = [["capacity is now 5 bytes"], [event]]
+    one, said = session()
+    with pytest.raises(GuestpvError, match=says) as caught:
+        one.run(lambda status: None, lambda status: None)
+    assert isinstance(caught.value, DeviceGone) == (event != "disconnected")
+    assert said[1:] == ["capacity is now 5 bytes", event]
+    assert log[-1] == "close"
+    assert "settle" not in log
+
+
+def test_status_is_shown() -> None:
+    shown: list[Any] = []
+
+    def look(status: dict[str, Any]) -> None:
+        for words in (["blk", "status"], ["blk", "status", "nbd7", "-v"], ["blk", "status", "--json"]):
+            shown.append(CliRunner().invoke(main, words))
+        down_at_once({})
+
+    threads.clear()
+    one, _ = session()
+    one.run(look, lambda status: None)
+    threads[0][0].join(5)
+    assert [result.exit_code for result in shown] == [0, 0, 0]
+    assert "/dev/nbd7, 1.0 MiB, blocks of 512 bytes, write-back cache" in shown[0].output
+    assert "QUEUE" in shown[1].output
+    assert json.loads(shown[2].stdout)["data"][0]["name"] == "nbd7"
+
+
+def test_a_device_that_is_no_disk() -> None:
+    one, _ = session("loopback:net")
+    with pytest.raises(UsageError, match="it is a virtio net device, no block device"):
+        one.run(lambda status: None, lambda status: None)
+    assert log == []
