@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
 import os
-import time
 from collections.abc import Iterator
 
 import pytest
@@ -17,13 +15,6 @@ from guestpv.drivers.rng import Rng
 from guestpv.errors import DeviceViolation, FeaturesRefused, TimeLimit, UsageError
 from guestpv.transport.base import Transport
 from guestpv.transport.pci import PciTransport
-
-SWITCHES = ("packed", "indirect_desc", "event_idx", "in_order", "notification_data")
-MATRIX = [
-    "&".join(f"{name}={value}" for name, value in zip(SWITCHES, values, strict=True))
-    for values in itertools.product(("on", "off"), repeat=len(SWITCHES))
-]
-WAYS = ["", "msix=off", "msix=1", "msix=2", "multiplier=0", "threaded=on", "queue_size=1", "queue_size=32768"]
 
 
 def device_of(transport: Transport) -> SoftwareFunction:
@@ -40,29 +31,6 @@ def clean() -> Iterator[list[SoftwareFunction]]:
     yield functions
     for function in functions:
         assert [str(finding) for finding in function.findings] == []
-
-
-@pytest.mark.parametrize("params", MATRIX + WAYS)
-def test_rng(params: str, clean: list[SoftwareFunction]) -> None:
-    with guestpv.open(f"loopback:rng?{params}&seed=1&most=100") as transport, Rng(transport) as rng:
-        clean.append(device_of(transport))
-        data = rng.read(5000)
-        assert len(data) == 5000
-        assert len(set(data)) > 200
-
-
-@pytest.mark.parametrize("params", MATRIX + [way for way in WAYS if way != "queue_size=1"])
-def test_net_echo(params: str, clean: list[SoftwareFunction]) -> None:
-    with guestpv.open(f"loopback:net?{params}") as transport, Net(transport) as net:
-        clean.append(device_of(transport))
-        got: list[bytes] = []
-        frames = [bytes([number]) * (60 + 40 * number) for number in range(30)]
-        for start in range(0, 30, 5):
-            net.send(frames[start : start + 5])
-            deadline = time.monotonic() + 5
-            while len(got) < start + 5 and time.monotonic() < deadline:
-                got += net.receive()
-        assert got == frames
 
 
 def test_net_two_ends_of_a_wire(clean: list[SoftwareFunction]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import os
 import select
 from collections.abc import Callable, Iterator
@@ -120,28 +119,6 @@ class Writes:
 
 def disk(**options: Any) -> Blk:
     return Blk(Store(size=SIZE), **options)
-
-
-@pytest.mark.parametrize(
-    ("packed", "indirect", "event_idx", "mode"),
-    list(itertools.product((False, True), (False, True), (False, True), ("msix", "poll"))),
-)
-def test_every_kind_of_ring(
-    serve: Serve, connect: Open, packed: bool, indirect: bool, event_idx: bool, mode: str
-) -> None:
-    model = disk(num_queues=2)
-    server = serve(model, offer=PACKED if packed else 0)
-    denied = [*([] if indirect else ["-indirect_desc"]), *([] if event_idx else ["-event_idx"])]
-    transport = connect("blk", server.path, f"?mode={mode}&features={','.join(denied)}")
-    for queue in live(transport, 2):
-        writes = Writes(transport, queue, 40)
-        queue.publish()
-        writes.finish()
-        block = bytearray(BLOCK * writes.count)
-        model.store.read(0, [memoryview(block)])
-        assert block == writes.content
-    assert transport.has(feat.F_RING_PACKED) == packed
-    assert server.journal.findings == []
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import select
 from collections.abc import Callable
 from typing import Any
@@ -12,7 +11,6 @@ import pytest
 
 from guestpv.drivers.net import Net
 from guestpv.pci.qtest import QtestFunction
-from guestpv.spec.features import F_EVENT_IDX, F_INDIRECT_DESC, F_RING_PACKED, mask
 from guestpv.spec.status import Status
 from guestpv.transport.pci import PciTransport
 
@@ -23,27 +21,6 @@ LENGTHS = (14, 60, 64, 1000, 1514, 1518)
 CABLE_BURST = 8
 """Frames that the cable takes without making QEMU wait for it (net.unix.max_dgram_qlen is 10)."""
 ROUTER = bytes((10, 0, 2, 2))
-WORLDS = [
-    pytest.param(
-        machine,
-        packed,
-        indirect,
-        event_idx,
-        mode,
-        id="-".join(
-            (
-                machine,
-                "packed" if packed else "split",
-                *(["indirect"] if indirect else []),
-                *(["event_idx"] if event_idx else []),
-                mode,
-            )
-        ),
-    )
-    for machine, packed, indirect, event_idx, mode in itertools.product(
-        ("q35", "pc"), (False, True), (False, True), (False, True), ("msix", "intx", "poll")
-    )
-]
 
 
 def frames(count: int, seed: int) -> list[bytes]:
@@ -75,56 +52,6 @@ def send(net: Net, wanted: list[bytes], wire: Any, burst: int = CABLE_BURST) -> 
         assert started
         got += [wire.receive() for _ in range(started)]
     return got
-
-
-@pytest.mark.parametrize(("machine", "packed", "indirect", "event_idx", "mode"), WORLDS)
-def test_frames_pass_both_ways(
-    device: Device,
-    oracle: Any,
-    wire: Any,
-    machine: str,
-    packed: bool,
-    indirect: bool,
-    event_idx: bool,
-    mode: str,
-) -> None:
-    denied = [*([] if indirect else ["-indirect_desc"]), *([] if event_idx else ["-event_idx"])]
-    transport = device(
-        "virtio-net-pci,disable-legacy=on" + (",packed=on" if packed else ""),
-        netdev=wire.netdev,
-        machine=machine,
-        mode=mode,
-        features=",".join(denied),
-    )
-    with Net(transport) as net:
-        seen = oracle(transport)
-        assert seen.status == transport.status == LIVE
-        assert seen.features == transport.features
-        ring = mask((F_RING_PACKED, F_INDIRECT_DESC, F_EVENT_IDX))
-        assert transport.features & ring == (
-            packed << F_RING_PACKED | indirect << F_INDIRECT_DESC | event_idx << F_EVENT_IDX
-        )
-        for index, queue in transport.queues.items():
-            told = seen.queue(index)
-            addresses = queue.addresses
-            assert told["vring-num"] == queue.size
-            assert (told["vring-desc"], told["vring-avail"], told["vring-used"]) == (
-                addresses.desc,
-                addresses.driver,
-                addresses.device,
-            )
-        # Further than either ring is long.
-        outward = frames(600, 1)
-        assert send(net, outward, wire) == outward
-        for start in range(0, 300, 50):
-            inward = frames(50, 2 + start)
-            for frame in inward:
-                wire.send(frame)
-            assert receive(net, 50) == inward
-        if not packed:
-            assert seen.queue(0)["used-idx"] == 300
-            assert seen.queue(1)["used-idx"] == 600
-        assert not seen.broken
 
 
 @pytest.mark.parametrize(("packed", "features"), [("off", ""), ("off", "-event_idx"), ("on", "-event_idx")])

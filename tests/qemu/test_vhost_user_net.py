@@ -1,8 +1,7 @@
-"""``vhost-user:net`` against passt, a whole network without a VM, and DPDK's vhost PMD."""
+"""``vhost-user:net`` against passt: a whole network without a VM."""
 
 from __future__ import annotations
 
-import itertools
 import os
 import socket
 import struct
@@ -16,10 +15,9 @@ import pytest
 
 import guestpv
 from guestpv.drivers.net import Net
-from guestpv.spec import features as feat
 from guestpv.spec import net as spec
 from peers import tree
-from peers.backend import PASST_ADDRESS, PASST_GATEWAY, Backend, dpdk_vhost, passt
+from peers.backend import PASST_ADDRESS, PASST_GATEWAY, Backend, passt
 
 US, ROUTER = (socket.inet_aton(address) for address in (PASST_ADDRESS, PASST_GATEWAY))
 BROADCAST = b"\xff" * 6
@@ -34,7 +32,7 @@ Opened = Callable[[Backend, str], Net]
 
 @pytest.fixture(scope="module")
 def peers() -> tree.Tree:
-    """The tree with passt and DPDK; downloaded the first time."""
+    """The tree with passt; downloaded the first time."""
     return tree.get("peers")
 
 
@@ -193,38 +191,3 @@ def test_a_network_that_ends_is_noticed(network: Backend, connect: Opened) -> No
     network.kill()
     with pytest.raises(guestpv.errors.DeviceGone):
         net.wait(5)
-
-
-@pytest.fixture(scope="module")
-def mirror(tmp_path_factory: pytest.TempPathFactory, peers: tree.Tree) -> Iterator[Backend]:
-    """testpmd, which sends every frame back with its addresses exchanged."""
-    path = tmp_path_factory.mktemp("dpdk") / "vhost.sock"
-    with dpdk_vhost(path, peers) as backend:
-        yield backend
-
-
-RINGS = list(itertools.product((False, True), repeat=3))
-
-
-@pytest.mark.parametrize(("packed", "in_order", "event_idx"), RINGS)
-def test_frames_come_back(
-    mirror: Backend, connect: Opened, packed: bool, in_order: bool, event_idx: bool
-) -> None:
-    mergeable = packed ^ in_order ^ event_idx
-    wishes = {"ring_packed": packed, "in_order": in_order, "event_idx": event_idx, "mrg_rxbuf": mergeable}
-    net = connect(mirror, ",".join(f"{'%2B' if on else '-'}{name}" for name, on in wishes.items()))
-    bits = (feat.F_RING_PACKED, feat.F_IN_ORDER, feat.F_EVENT_IDX, spec.F_MRG_RXBUF)
-    assert [net.transport.has(bit) for bit in bits] == list(wishes.values())
-    other = b"\x02\0\0\0\0\1"
-    for burst in range(40):
-        frames = [
-            other + net.mac + b"\x88\xb5" + bytes((burst, number)) * (23 + 18 * number)
-            for number in range(32)
-        ]
-        assert net.send(frames) == len(frames)
-        came: list[bytes] = []
-        while len(came) < len(frames):
-            more = net.receive_within(5.0)
-            assert more, f"{len(came)} of {len(frames)} frames came back"
-            came += more
-        assert came == [frame[6:12] + frame[:6] + frame[12:] for frame in frames]

@@ -1,4 +1,4 @@
-"""The ratios of a report as a picture: a bar a case, ours over the peer's, with a line where both are equal."""
+"""The ratios of a report as a picture: a bar a case, ours over the peer's; a line where both are equal."""
 
 from __future__ import annotations
 
