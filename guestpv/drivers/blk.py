@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import TracebackType
@@ -27,7 +26,8 @@ from ..system import SYSTEM
 from ..transport.base import Transport
 from .blk_burst import SPIN_US, BurstResult, run_burst
 from .blk_limits import Limits, RangeLimits
-from .blk_queue import STAGES, Lease, Request, RequestQueue
+from .blk_queue import STAGES, Request, RequestQueue
+from .blk_transfer import patiently, ranged, scattered, staged
 
 FEATURES: Final = mask(
     (
@@ -239,9 +239,9 @@ class Blk:
             BlkIoError: the device failed; ``sector`` and ``nbytes`` say where.
             OutcomeUnknown: the device did not answer in time.
         """
-        self._check(offset, length)
+        self.check_range(offset, length)
         result: NDArray[np.uint8] = np.empty(length, np.uint8)
-        self._staged(spec.T_IN, offset, result, queue)
+        staged(self.queues[queue], self.limits, self.timeout, spec.T_IN, offset, result)
         return result
 
     def write(self, offset: int, data: Data, *, fua: bool = False, queue: int = 0) -> None:
@@ -252,8 +252,8 @@ class Blk:
             UsageError, BlkIoError, OutcomeUnknown: as ``read``. After an error any part may be written.
         """
         source = np.frombuffer(data, np.uint8)
-        self._check(offset, source.nbytes, write=True)
-        self._staged(spec.T_OUT, offset, source, queue)
+        self.check_range(offset, source.nbytes, write=True)
+        staged(self.queues[queue], self.limits, self.timeout, spec.T_OUT, offset, source)
         if fua:
             self.flush(queue=queue)
 
@@ -275,7 +275,7 @@ class Blk:
                 tell how far it got.
         """
         length = sum(buffer.nbytes for buffer in buffers)
-        self._check(offset, length, write=kind == spec.T_OUT)
+        self.check_range(offset, length, write=kind == spec.T_OUT)
         requests: list[Request] = []
         for sector, parts in self.limits.split(offset, buffers):
             ways = ((), parts) if kind == spec.T_IN else (parts, ())
@@ -371,7 +371,9 @@ class Blk:
             GuestpvError: its error.
         """
         requests = self.queues[queue]
-        request = self._patiently(requests, kind, sector, readable, writable, nbytes=nbytes, small=small)
+        request = patiently(
+            requests, self.timeout, kind, sector, readable, writable, nbytes=nbytes, small=small
+        )
         requests.wait([request], self.timeout)
         request.check()
         return request
@@ -382,8 +384,13 @@ class Blk:
         if not self.transport.has(bit):
             raise Refused(f"{name} was not negotiated", where=self.transport.name)
 
-    def _check(self, offset: int, length: int, *, write: bool = False) -> None:
-        """DRV-BLK-13, DRV-BLK-17, and what the block size and RO add."""
+    def check_range(self, offset: int, length: int, *, write: bool = False) -> None:
+        """Whether a transfer lies on the disk, in whole blocks (DRV-BLK-13, DRV-BLK-17).
+
+        Raises:
+            UsageError: it does not.
+            Refused: it is a write and the disk is read-only.
+        """
         where, block = self.transport.name, self.block_size
         if write and self.read_only:
             raise Refused("the disk is read-only (RO)", where=where)
@@ -394,76 +401,12 @@ class Blk:
                 f"{length} bytes at {offset} reach beyond the end, {self.capacity} bytes", where=where
             )
 
-    def _patiently(
-        self, requests: RequestQueue, kind: int, sector: int, *ways: Sequence[DmaBuffer], **options: Any
-    ) -> Request:
-        """Submit, waiting for room if there is none."""
-        while True:
-            try:
-                return requests.submit(kind, sector, *ways, **options)
-            except QueueFull:
-                requests.publish()
-                if not requests.reap() and not requests.queue.wait(self.timeout):
-                    raise
-
     def _simple(self, kind: int, queue: int) -> None:
         self.request(kind, queue=queue)
 
     def _scattered(self, kind: int, offset: int, buffers: Sequence[DmaBuffer], queue: int) -> None:
-        self._check(offset, sum(buffer.nbytes for buffer in buffers), write=kind == spec.T_OUT)
-        requests = self.queues[queue]
-        sent = []
-        try:
-            for sector, parts in self.limits.split(offset, buffers):
-                ways = ((), parts) if kind == spec.T_IN else (parts, ())
-                sent.append(self._patiently(requests, kind, sector, *ways))
-        finally:
-            requests.wait(sent, self.timeout)
-        for request in sent:
-            request.check()
-
-    def _staged(self, kind: int, offset: int, memory: NDArray[np.uint8], queue: int) -> None:
-        """Copy through the queue's stages, all of them at a time; everything that was sent is waited for."""
-        requests = self.queues[queue]
-        flying: deque[tuple[NDArray[np.uint8], Lease, list[Request]]] = deque()
-        error: GuestpvError | None = None
-        done = 0
-        while flying or (done < memory.nbytes and error is None):
-            if done < memory.nbytes and error is None and (requests.stages or not flying):
-                lease = self._lease(requests)
-                part = memory[done : done + lease.stage.nbytes]
-                if kind == spec.T_OUT:
-                    lease.stage.array[: part.nbytes] = part
-                flying.append((part, lease, self._stage(requests, kind, offset + done, lease, part.nbytes)))
-                done += part.nbytes
-                continue
-            part, lease, sent = flying.popleft()
-            requests.wait(sent, self.timeout)
-            error = error or next((request.error for request in sent if request.error), None)
-            if kind == spec.T_IN:
-                part[:] = lease.stage.array[: part.nbytes]
-            lease.drop()
-        if error is not None:
-            raise error
-
-    def _lease(self, requests: RequestQueue) -> Lease:
-        """A stage, waited for where others have them all."""
-        while not requests.stages:
-            requests.publish()
-            if not requests.reap() and not requests.queue.wait(self.timeout):
-                raise QueueFull("every stage is in use", where=requests.queue.name)
-        return Lease(requests.stages)
-
-    def _stage(
-        self, requests: RequestQueue, kind: int, offset: int, lease: Lease, nbytes: int
-    ) -> list[Request]:
-        """Submit the first ``nbytes`` of a stage."""
-        sent = []
-        for sector, parts in self.limits.split(offset, [lease.stage[:nbytes]]):
-            ways = ((), parts) if kind == spec.T_IN else (parts, ())
-            sent.append(self._patiently(requests, kind, sector, *ways, lease=lease))
-        requests.publish()
-        return sent
+        self.check_range(offset, sum(buffer.nbytes for buffer in buffers), write=kind == spec.T_OUT)
+        scattered(self.queues[queue], self.limits, self.timeout, kind, offset, buffers)
 
     def _burst(
         self,
@@ -483,7 +426,7 @@ class Blk:
             )
         if places.size:
             low, high = int(places.min()), int(places.max())
-            self._check(high, nbytes, write=kind == spec.T_OUT)
+            self.check_range(high, nbytes, write=kind == spec.T_OUT)
             if low % self.block_size or np.any(places % np.uint64(self.block_size)):
                 raise UsageError(f"an offset is no multiple of {self.block_size}", where=self.transport.name)
         depth = int(options.pop("depth", self.queues[queue].queue.size))
@@ -504,27 +447,8 @@ class Blk:
     ) -> None:
         if limits.refusal:
             raise Refused(f"{spec.TYPE_NAMES[kind]}: {limits.refusal}", where=self.transport.name)
-        self._check(offset, length, write=True)
-        requests = self.queues[queue]
-        for ranges in limits.split(offset // spec.SECTOR, length // spec.SECTOR):
-            lease = self._lease(requests)
-            stage = lease.stage
-            segments = np.array([(*part, flags) for part in ranges], spec.DISCARD_SEGMENT)
-            stage.array[: segments.nbytes] = segments.view(np.uint8)
-            request = self._patiently(
-                requests,
-                kind,
-                0,
-                [stage[: segments.nbytes]],
-                (),
-                nbytes=int(segments["num_sectors"].sum()) * spec.SECTOR,
-                lease=lease,
-            )
-            lease.drop()
-            # The header's sector is 0 for these; messages name the first range.
-            request.sector = ranges[0][0]
-            requests.wait([request], self.timeout)
-            request.check()
+        self.check_range(offset, length, write=True)
+        ranged(self.queues[queue], limits, self.timeout, kind, offset, length, flags)
 
     # The end.
 

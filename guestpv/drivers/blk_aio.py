@@ -44,7 +44,7 @@ class AioBlk:
 
     async def read(self, offset: int, length: int) -> NDArray[np.uint8]:
         """As ``Blk.read``."""
-        self.disk._check(offset, length)
+        self.disk.check_range(offset, length)
         result: NDArray[np.uint8] = np.empty(length, np.uint8)
         await self._staged(spec.T_IN, offset, result)
         return result
@@ -52,7 +52,7 @@ class AioBlk:
     async def write(self, offset: int, data: Data, *, fua: bool = False) -> None:
         """As ``Blk.write``."""
         source = np.frombuffer(data, np.uint8)
-        self.disk._check(offset, source.nbytes, write=True)
+        self.disk.check_range(offset, source.nbytes, write=True)
         await self._staged(spec.T_OUT, offset, source)
         if fua:
             await self.flush()
