@@ -463,6 +463,32 @@ class Blk:
         self._forget()
         self._start()
 
+    def reconnect(self, timeout: float = 10.0) -> list[Request]:
+        """Go on after the back end of a ``vhost-user:`` disk died (``DeviceGone``) and was started again.
+
+        What it had completed is taken first. A back end with INFLIGHT_SHMFD goes on with the rest by itself;
+        for any other the requests that had not come back are given to it once more. Such a write may so be
+        carried out twice, with the same data, and an earlier flush covers it no longer than it covered any
+        write in flight.
+
+        Returns:
+            The requests that were given once more; ``queues[n].wait`` ends them.
+
+        Raises:
+            UsageError: the transport cannot reconnect, or a queue belongs to another thread.
+            Refused, GuestpvError: as the transport has it: nobody listens, or what does is another device.
+        """
+        reconnect = getattr(self.transport, "reconnect", None)
+        if reconnect is None:
+            raise UsageError("this device cannot be reconnected to; restart() it", where=self.transport.name)
+        for requests in self.queues:
+            requests.reap()
+        again: dict[int, list[int]] = reconnect(timeout)
+        sent: list[Request] = []
+        for requests in self.queues:
+            sent += requests.again(again.get(requests.queue.index, ()))
+        return sent
+
     def _settle(self, why: str) -> None:
         for requests in self.queues:
             requests.own()

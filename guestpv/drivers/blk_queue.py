@@ -54,6 +54,8 @@ class Request:
     on_end: Callable[[Request], None] | None = None
     on_return: Callable[[], None] | None = None
     slot: int = -1
+    readable: Sequence[DmaBuffer] = ()
+    writable: Sequence[DmaBuffer] = ()
     written: int = 1
     small: bytes = field(default=b"", repr=False)
 
@@ -172,15 +174,35 @@ class RequestQueue:
         data = sum(part.nbytes for part in readable) + sum(part.nbytes for part in writable)
         if small:
             writable = [*writable, self.small(slot, small)]
-        token = self.queue.add([self._headers[slot], *readable], [*writable, self._statuses[slot]])
+        readable, writable = [self._headers[slot], *readable], [*writable, self._statuses[slot]]
+        token = self.queue.add(readable, writable)
         self.free.pop()
         request = Request(kind, sector, nbytes or data, on_end=on_end, slot=slot)
         if lease is not None:
             request.on_return = lease.hold()
-        request.written = 1 + sum(part.nbytes for part in writable)
+        request.readable, request.writable = readable, writable
+        request.written = sum(part.nbytes for part in writable)
         request.small = bytes(small)
         self._in_flight[token] = request
         return request
+
+    def again(self, tokens: Sequence[int]) -> list[Request]:
+        """Give requests that a dead back end had to its successor; returns those that are wanted still.
+
+        Args:
+            tokens: what the rings, started anew, no longer hold.
+        """
+        sent = []
+        for token in tokens:
+            request = self._in_flight.pop(token)
+            if request.outcome is not None:
+                self._returned(request)
+                continue
+            self._bytes[request.slot * SLOT + STATUS] = UNTOUCHED
+            self._in_flight[self.queue.add(request.readable, request.writable)] = request
+            sent.append(request)
+        self.queue.publish()
+        return sent
 
     def publish(self) -> bool:
         """Give the device what was added; returns whether that took a notification."""
@@ -208,9 +230,7 @@ class RequestQueue:
         if request.small:
             start = base + SMALL
             request.small = bytes(self._bytes[start : start + len(request.small)])
-        self.free.append(request.slot)
-        if request.on_return is not None:
-            request.on_return()
+        self._returned(request)
         if request.outcome is not None:
             self.late += 1
             return
@@ -221,6 +241,11 @@ class RequestQueue:
             request.end(Outcome.FAILED, self._short(request, used))
         else:
             request.end(Outcome.DONE)
+
+    def _returned(self, request: Request) -> None:
+        self.free.append(request.slot)
+        if request.on_return is not None:
+            request.on_return()
 
     def _short(self, request: Request, used: int) -> DeviceViolation:
         return DeviceViolation(

@@ -17,7 +17,7 @@ import guestpv
 from guestpv.drivers.blk import Blk
 from guestpv.drivers.blk_errors import BlkIoError
 from guestpv.drivers.blk_queue import Outcome
-from guestpv.errors import GuestpvError, Refused
+from guestpv.errors import DeviceGone, GuestpvError, Refused
 from guestpv.pci.qtest import QtestFunction
 from guestpv.spec import blk as spec
 from guestpv.transport.pci import PciTransport
@@ -215,3 +215,47 @@ def test_vhost_user(backend: Callable[..., Backend], tmp_path: Path, features: s
         before = queue.kicks
         disk.read_many(RANDOM.integers(0, 4096, 20000) * 4096, rows, 4096, depth=32).check()
         assert (queue.kicks - before) / 20000 < 0.15 or features
+
+
+def test_a_vhost_user_back_end_that_is_killed_and_started_again(
+    backend: Callable[..., Backend], tmp_path: Path
+) -> None:
+    path = tmp_path / "disk"
+    with path.open("wb") as file:
+        file.truncate(SIZE)
+    daemon = backend(
+        f"driver=throttle,throttle-group=slow,file.driver=file,file.filename={path},file.aio=threads",
+        options=["--object", "throttle-group,id=slow,x-iops-total=500"],
+    )
+    with guestpv.open(f"vhost-user:blk:{daemon.socket}") as transport, Blk(transport) as disk:
+        requests = disk.queues[0]
+        memory = disk.allocate(128 * 4096)
+        memory.array[:] = noise(memory.nbytes)
+        places = RANDOM.permutation(SIZE // 4096)[:128] * 4096
+        ended: list[int] = []
+        for round_ in range(2):
+            sent = []
+            for row, place in enumerate(places):
+                part = memory[4096 * row : 4096 * row + 4096]
+                (request,) = disk.submit(spec.T_OUT, int(place), [part])
+                request.on_end = lambda one: ended.append(one.sector)
+                sent.append(request)
+            requests.publish()
+            while requests.in_flight > 128 - 5 * (round_ + 1):
+                requests.reap()
+            daemon.kill()
+            with pytest.raises(DeviceGone):
+                requests.wait(sent, 5)
+            daemon.start()
+            again = disk.reconnect()
+            assert {request.outcome for request in again} <= {None}
+            requests.wait(sent, 10)
+            for request in sent:
+                request.check()
+            assert sorted(ended) == sorted(int(place) // 512 for place in places)
+            ended.clear()
+            disk.flush()
+            image = path.read_bytes()
+            for row, place in enumerate(places):
+                assert image[place : place + 4096] == bytes(memory.array[4096 * row : 4096 * row + 4096])
+            memory.array[:] = noise(memory.nbytes)
