@@ -37,7 +37,6 @@ enum {
     MOST_PIECES = GPV_NBD_SLOTS + 1,
     INPUT = 16384,
     LOOK_NS = 20000,
-    MOST_VAIN = 4,
 };
 #define NONE UINT32_MAX
 
@@ -67,7 +66,6 @@ struct gpv_nbd {
     uint32_t added;         /* since the last publish */
     int blocked;            /* the next request has to wait for slots */
     int ending;
-    uint32_t vain;          /* looks for completions without success */
     uint32_t have, used;    /* of `input`: filled, and consumed from its start */
     uint8_t input[INPUT];
 };
@@ -520,20 +518,16 @@ static int64_t now_ns(void)
 }
 
 /* Looks for completions, and now and then for requests, before sleeping: to go to sleep and be woken costs a virtual
- * processor far more than a fast disk takes. After a few looks in vain only every sixteenth wait begins with one.
- * How long a sleep took says nothing: it is mostly the waking. Returns whether there is something. */
+ * processor far more than a fast disk takes, and of a slow one's time the look is a small part. Returns whether there
+ * is something. */
 static int32_t spin(struct gpv_nbd *e)
 {
     struct pollfd input = { .fd = e->ending || e->blocked ? -1 : e->c.socket, .events = POLLIN };
-    if (e->vain >= MOST_VAIN && ++e->vain % 16)
-        return 0;
     int64_t start = now_ns(), now = start, look = start + LOOK_NS;
     while (now < start + e->c.spin_ns) {
         int32_t pending = gpv_pending(e->c.queue);
-        if (pending) {
-            e->vain = 0;
+        if (pending)
             return pending;
-        }
         now = now_ns();
         if (now >= look) {
             look = now + LOOK_NS;
@@ -541,7 +535,6 @@ static int32_t spin(struct gpv_nbd *e)
                 return 1;
         }
     }
-    e->vain++;
     return 0;
 }
 

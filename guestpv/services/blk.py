@@ -22,7 +22,7 @@ CONFIG_POLL: Final = 1.0
 MODULE_LIMIT: Final = 30.0
 STAGING: Final = 256 << 10
 SPIN_US: Final = 300
-"""Longest look for a completion before sleeping; a slow disk is soon looked for more briefly."""
+"""How long to look for a completion before sleeping."""
 
 
 class BlkService:
