@@ -10,11 +10,15 @@ import json
 import platform
 import subprocess
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 import guestpv
+from guestpv.drivers.blk import Blk
 from guestpv.transport.vhost_user import VhostUserTransport
 from peers import tree
 from peers.backend import Backend, storage_daemon
@@ -23,9 +27,12 @@ from peers.tree import LIBRARIES, LOADER, Tree
 
 from .contest import (
     BUILD,
-    Outcome,
+    DISTURBED,
+    Duel,
     Run,
     cores,
+    distance,
+    duel,
     handle_for,
     loops,
     own_run,
@@ -34,7 +41,7 @@ from .contest import (
     undisturbed,
     watch,
 )
-from .report import BUSY, Row
+from .report import Row
 
 PEER = "libblkio"
 BLOCK = 4096
@@ -49,6 +56,10 @@ LEAST = {("poll", 1): 1.0, ("poll", 8): 1.0, ("poll", 32): 1.2, ("poll", 128): 1
 EVENT_LEAST = 1.0
 COST_LIMIT = 1.0
 HEADER = 16
+FIRST = 5000
+"""Requests that tell how many a run takes."""
+SPIN_FOR_EVER = 10_000_000
+"""Microseconds."""
 
 
 def build_peer(peers: Tree) -> list[str]:
@@ -98,7 +109,7 @@ def peer_run(command: list[str], backend: Backend, mode: str, depth: int, second
     )
     rate = json.loads(ended.output)["aggregate"]["kiops"] * 1e3
     done = rate * seconds
-    return Run(rate, ended.cpu / done * 1e6, ended.writes / done, ended.delay < BUSY * seconds * 1e9)
+    return Run(rate, ended.cpu / done * 1e6, ended.writes / done, ended.delay < DISTURBED * seconds * 1e9)
 
 
 def our_run(module: Any, backend: Backend, mode: str, depth: int, seconds: float) -> Run:
@@ -130,22 +141,40 @@ def our_run(module: Any, backend: Backend, mode: str, depth: int, seconds: float
         return own_run(action, backend.pid, lambda: queue.kicks)
 
 
-def rows_of(case: str, ours: Outcome, theirs: Outcome, least: float, strict: bool) -> list[Row]:
-    """The rows of one case; ``strict``: costs must not be above the peer's."""
-    runs, discarded = ours.runs + theirs.runs, ours.discarded + theirs.discarded
-    rate = Row(
-        case, "iops", ours.rate, PEER, theirs.rate, ours.rate / theirs.rate, runs, discarded, least=least
-    )
-    found = [rate]
-    for metric, mine, other in (
-        ("cpu_s_per_million", ours.cpu, theirs.cpu),
-        ("kicks_per_op", ours.kicks, theirs.kicks),
+def driver_run(backend: Backend, mode: str, depth: int, seconds: float) -> Run:
+    """One run of the block driver from Python, with the latency of each request as the others have it."""
+    with (
+        guestpv.open(f"vhost-user:blk:{backend.socket}?features={RING}") as transport,
+        Blk(transport) as disk,
     ):
-        assert mine is not None
-        ratio = mine / other if other else None
-        limit = COST_LIMIT if strict else None
-        found.append(Row(case, metric, mine, PEER, other, ratio, runs, discarded, limit))
-    return found
+        rows = disk.allocate(BLOCK * depth)
+        spin = SPIN_FOR_EVER if mode == "poll" else 0
+
+        def read(count: int) -> float:
+            places = np.random.default_rng(count).integers(0, CAPACITY // BLOCK, count, np.uint64)
+            places *= np.uint64(BLOCK)
+            start = time.perf_counter()
+            disk.read_many(places, rows, BLOCK, depth=depth, spin_us=spin, latencies=True).check()
+            return time.perf_counter() - start
+
+        count = int(FIRST * seconds / read(FIRST)) + 1
+        return own_run(lambda: (count, read(count)), backend.pid, lambda: disk.queues[0].queue.kicks)
+
+
+def kicks_of(run: Run) -> float:
+    """Both sides count them here."""
+    assert run.kicks is not None
+    return run.kicks
+
+
+def rows_of(case: str, pairs: Duel, least: float | None = None, strict: bool = False) -> list[Row]:
+    """The rows of one case; ``strict``: costs must not be above the peer's."""
+    limit = COST_LIMIT if strict else None
+    return [
+        pairs.row(case, "iops", PEER, lambda run: run.rate, least=least),
+        pairs.row(case, "cpu_s_per_million", PEER, lambda run: run.cpu, limit=limit),
+        pairs.row(case, "kicks_per_op", PEER, kicks_of, limit=limit),
+    ]
 
 
 def version(command: list[str]) -> str:
@@ -157,25 +186,26 @@ def run(quick: bool) -> tuple[dict[str, str], list[Row]]:
     """Measure; versions and rows for the report."""
     peers = tree.get("peers")
     module, command = loops(), build_peer(peers)
-    rounds, seconds = (1, 1) if quick else (5, 1)
+    rounds, seconds = (1, 1) if quick else (3, 1)
     driver, device = cores()
-    rows: list[Row] = []
     with (
         tempfile.TemporaryDirectory() as directory,
         undisturbed(driver) as first,
         storage_daemon(Path(directory) / "blk.sock", NODE, cpus={device}) as backend,
     ):
+        rows = [distance(module, device)]
         for mode in ("poll", "eventfd"):
             for depth in DEPTHS:
                 contenders: dict[str, Callable[[], Run]] = {
                     "guestpv": lambda m=mode, d=depth: our_run(module, backend, m, d, seconds),  # type: ignore[misc]
+                    "driver": lambda m=mode, d=depth: driver_run(backend, m, d, seconds),  # type: ignore[misc]
                     PEER: lambda m=mode, d=depth: peer_run(command, backend, m, d, seconds),  # type: ignore[misc]
                 }
                 outcome = race(contenders, rounds)
                 least = LEAST.get((mode, depth), EVENT_LEAST)
-                rows += rows_of(
-                    f"{mode}/depth {depth}", outcome["guestpv"], outcome[PEER], least, mode == "eventfd"
-                )
+                case = f"{mode}/depth {depth}"
+                rows += rows_of(case, duel(outcome, "guestpv", PEER), least, mode == "eventfd")
+                rows += rows_of(f"{case}, Blk.read_many", duel(outcome, "driver", PEER))
     versions = {
         "python": platform.python_version(),
         "guestpv": guestpv.__version__,

@@ -21,7 +21,7 @@ from guestpv.virtqueue.queue import Virtqueue
 from peers.errors import PeerError
 from peers.tree import LIBRARIES, Tree
 
-from .report import BUSY
+from .report import Row
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
@@ -32,6 +32,8 @@ PARTS = ("kick", "queue", "split", "packed", "wait", "again")
 LOOK = 0.05
 """Seconds between two looks at a running peer."""
 PRIORITY = -20
+DISTURBED = 0.05
+"""Share of a run's time that driver or device waited for a core above which the run is discarded."""
 
 
 @dataclass(frozen=True)
@@ -54,31 +56,53 @@ class Run:
 Contender = Callable[[], Run]
 
 
+Figure = Callable[[Run], float]
+
+
 @dataclass(frozen=True)
-class Outcome:
-    """Medians over the quiet runs of a contender."""
+class Duel:
+    """The runs of two contenders, pair by pair: what a pair has in common, such as the moment, cancels out.
 
-    rate: float
-    cpu: float
-    kicks: float | None
-    runs: int
-    discarded: int
+    Attributes:
+        pairs: ours and theirs, of the same round.
+    """
 
-    @classmethod
-    def of(cls, runs: Sequence[Run]) -> Outcome:
-        """Of all runs, where none was quiet."""
-        good = [run for run in runs if run.quiet] or list(runs)
-        kicks = [run.kicks for run in good if run.kicks is not None]
-        return cls(
-            statistics.median(run.rate for run in good),
-            statistics.median(run.cpu for run in good),
-            statistics.median(kicks) if kicks else None,
+    pairs: Sequence[tuple[Run, Run]]
+
+    @property
+    def good(self) -> Sequence[tuple[Run, Run]]:
+        """Pairs of two quiet runs, or all, where there is none."""
+        return [pair for pair in self.pairs if pair[0].quiet and pair[1].quiet] or self.pairs
+
+    def row(
+        self,
+        case: str,
+        metric: str,
+        peer: str,
+        figure: Figure,
+        limit: float | None = None,
+        least: float | None = None,
+    ) -> Row:
+        """Medians of both, and of the pairs' ratios."""
+        ours = [figure(mine) for mine, _ in self.good]
+        theirs = [figure(other) for _, other in self.good]
+        ratios = [mine / other for mine, other in zip(ours, theirs, strict=True) if other]
+        runs = [run for pair in self.pairs for run in pair]
+        return Row(
+            case,
+            metric,
+            statistics.median(ours),
+            peer,
+            statistics.median(theirs),
+            statistics.median(ratios) if ratios else None,
             len(runs),
             sum(not run.quiet for run in runs),
+            limit,
+            least,
         )
 
 
-def race(contenders: dict[str, Contender], rounds: int) -> dict[str, Outcome]:
+def race(contenders: dict[str, Contender], rounds: int) -> dict[str, list[Run]]:
     """Run the contenders in turn until each has ``rounds`` quiet runs, or twice as many runs in all."""
     runs: dict[str, list[Run]] = {name: [] for name in contenders}
 
@@ -90,7 +114,12 @@ def race(contenders: dict[str, Contender], rounds: int) -> dict[str, Outcome]:
             break
         for name, contender in contenders.items():
             runs[name].append(contender())
-    return {name: Outcome.of(done) for name, done in runs.items()}
+    return runs
+
+
+def duel(runs: dict[str, list[Run]], ours: str, theirs: str) -> Duel:
+    """Two of the contenders of a race."""
+    return Duel(list(zip(runs[ours], runs[theirs], strict=True)))
 
 
 def package_version(peers: Tree, name: str) -> str:
@@ -109,7 +138,7 @@ def loops() -> Any:
         (HERE / "race.c").read_text(),
         sources=[str(CORE / f"{name}.c") for name in PARTS],
         include_dirs=[str(CORE), str(HERE)],
-        extra_compile_args=["-O2", "-std=gnu11"],
+        extra_compile_args=["-O2", "-std=gnu11", "-pthread"],
     )
     path = builder.compile(tmpdir=str(BUILD))
     spec = importlib.util.spec_from_file_location("_race", path)
@@ -118,6 +147,12 @@ def loops() -> Any:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def distance(module: Any, there: int) -> Row:
+    """How long a cache line takes from this core to the device's and back, best of several tries."""
+    tries = [module.lib.race_distance(there, 20000) for _ in range(5)]
+    return Row("between the two cores", "ns_there_and_back", min(tries), runs=len(tries))
 
 
 def handle_for(module: Any, queue: Virtqueue) -> Any:
@@ -202,7 +237,7 @@ def own_run(
         done / seconds,
         cpu / done * 1e6,
         (kicks() - kicked) / done if kicks else None,
-        delay < BUSY * seconds * 1e9,
+        delay < DISTURBED * seconds * 1e9,
     )
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import platform
+import statistics
 import tempfile
 import threading
 import time
@@ -26,10 +27,13 @@ from peers.errors import PeerError
 from peers.tree import Tree
 
 from .contest import (
+    DISTURBED,
     Contender,
-    Outcome,
+    Duel,
     Run,
     cores,
+    distance,
+    duel,
     handle_for,
     loops,
     package_version,
@@ -38,7 +42,7 @@ from .contest import (
     undisturbed,
     waited,
 )
-from .report import BUSY, Row
+from .report import Row
 from .testpmd import Testpmd
 
 PEER = "DPDK virtio-user"
@@ -98,7 +102,7 @@ def measured(device: Testpmd, what: str, pid: int, seconds: float) -> Run:
     done = last - first
     if not done:
         raise PeerError(f"nothing was {what} in {seconds:g} s")
-    return Run(done / spent, 1e6 * spent / done, None, delay < BUSY * spent * 1e9)
+    return Run(done / spent, 1e6 * spent / done, None, delay < DISTURBED * spent * 1e9)
 
 
 @dataclass(frozen=True)
@@ -168,40 +172,33 @@ class Arena:
             contenders[f"ours {way.name}"] = partial(self.ours, way, direction, length)
             contenders[f"theirs {way.name}"] = partial(self.theirs, way, direction, length)
         outcome = race(contenders, rounds)
-        rows = []
-        for way in WAYS:
-            ours, theirs = outcome[f"ours {way.name}"], outcome[f"theirs {way.name}"]
-            rows.append(row(f"{direction} {length}/{way.name}", ours, theirs))
+        rows = [
+            row(f"{direction} {length}/{way.name}", duel(outcome, f"ours {way.name}", f"theirs {way.name}"))
+            for way in WAYS
+        ]
         ours, theirs = (
-            max((o for name, o in outcome.items() if name.startswith(who)), key=lambda o: o.rate)
+            max(
+                (name for name in outcome if name.startswith(who)),
+                key=lambda name: statistics.median(run.rate for run in outcome[name]),
+            )
             for who in ("ours", "theirs")
         )
-        return [*rows, row(f"{direction} {length}/best of each", ours, theirs, LEAST)]
+        return [*rows, row(f"{direction} {length}/best of each", duel(outcome, ours, theirs), LEAST)]
 
 
-def row(case: str, ours: Outcome, theirs: Outcome, least: float | None = None) -> Row:
+def row(case: str, pairs: Duel, least: float | None = None) -> Row:
     """One line of the report."""
-    return Row(
-        case,
-        "pps",
-        ours.rate,
-        PEER,
-        theirs.rate,
-        ours.rate / theirs.rate,
-        ours.runs + theirs.runs,
-        ours.discarded + theirs.discarded,
-        least=least,
-    )
+    return pairs.row(case, "pps", PEER, lambda run: run.rate, least=least)
 
 
 def run(quick: bool) -> tuple[dict[str, str], list[Row]]:
     """Measure; versions and rows for the report."""
     peers, module, cpus = tree.get("peers"), loops(), cores()
-    rounds, seconds = (1, 0.3) if quick else (5, 0.5)
-    rows: list[Row] = []
+    rounds, seconds = (1, 0.3) if quick else (3, 0.4)
     with tempfile.TemporaryDirectory() as directory, undisturbed(cpus[0]) as first:
         socket = Path(directory) / "net.sock"
         with Testpmd(peers, f"net_vhost0,iface={socket},queues=1", cpus) as device:
+            rows = [distance(module, cpus[1])]
             arena = Arena(peers, module, device, socket, cpus, seconds)
             for direction in DIRECTIONS:
                 for length in LENGTHS:

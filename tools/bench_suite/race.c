@@ -1,3 +1,5 @@
+#include <pthread.h>
+#include <sched.h>
 #include <stdint.h>
 #include <string.h>
 #include <time.h>
@@ -262,4 +264,47 @@ int32_t race_net_receive(struct race_net *r)
         if (got < 0)
             return got;
     }
+}
+
+struct ball {
+    uint32_t turn; /* even: here, odd: there */
+    uint32_t rounds;
+    int32_t cpu;
+};
+
+static void pass(struct ball *b, uint32_t side)
+{
+    uint32_t i;
+
+    for (i = side; i < 2 * b->rounds; i += 2) {
+        while (__atomic_load_n(&b->turn, __ATOMIC_ACQUIRE) != i)
+            GPV_RELAX();
+        __atomic_store_n(&b->turn, i + 1, __ATOMIC_RELEASE);
+    }
+}
+
+static void *other_side(void *user)
+{
+    struct ball *b = user;
+    cpu_set_t set;
+
+    CPU_ZERO(&set);
+    CPU_SET((unsigned)b->cpu, &set);
+    sched_setaffinity(0, sizeof set, &set);
+    pass(b, 1);
+    return NULL;
+}
+
+double race_distance(int32_t there, uint32_t rounds)
+{
+    struct ball b = {0, rounds, there};
+    pthread_t thread;
+    int64_t start;
+
+    if (pthread_create(&thread, NULL, other_side, &b))
+        return -1;
+    start = now_ns();
+    pass(&b, 0);
+    pthread_join(thread, NULL);
+    return (double)(now_ns() - start) / rounds;
 }

@@ -39,3 +39,7 @@ struct race_net {
 int32_t race_net_send(struct race_net *race);
 /* Receives into static buffers and looks at each virtio header. Buffers stay with the device afterwards. */
 int32_t race_net_receive(struct race_net *race);
+
+/* Nanoseconds that a cache line takes from the CPU `there` to this thread's and back; negative: no thread. How far apart
+ * two cores are decides what a driver can win by touching fewer lines. */
+double race_distance(int32_t there, uint32_t rounds);
