@@ -231,6 +231,26 @@ def test_pages_in_the_balloon_read_as_zero_and_no_others(vm: Machine) -> None:
     assert vm.run(["python", "-c", ZEROES, address], timeout=120).check().stdout == "standard zero\n"
 
 
+def test_single_pages_do_where_there_are_no_huge_ones(vm: Machine) -> None:
+    switch = "/sys/kernel/mm/transparent_hugepage/enabled"
+    before = vm.run(f"sed 's/.*\\[\\(.*\\)\\].*/\\1/' {switch}").check().stdout.strip()
+    vm.run(f"echo never > {switch}").check()
+    try:
+        use_memory(vm, 1700)
+        full = resident(vm)
+        gpv(vm, "balloon up --detach --rate 1G").check()
+        ask_for(vm, 1792)
+        pool = status(vm)["pool"]
+        assert pool["bytes"] == pool["huge_bytes"] + pool["small_bytes"] == 256 << 20
+        assert pool["small_bytes"] > 128 << 20
+        # Some of these pages had never been written to, and took no host memory.
+        assert full - resident(vm) > 100
+        gpv(vm, "balloon down").check()
+    finally:
+        vm.run(f"echo {before} > {switch}").check()
+    use_memory(vm, 1500)
+
+
 def test_kill_9_leaves_the_guest_with_working_memory(vm: Machine) -> None:
     pid = data(gpv(vm, "balloon up --detach --rate 1G --json"))["pid"]
     ask_for(vm, 1536)
