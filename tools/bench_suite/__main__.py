@@ -34,7 +34,9 @@ def main() -> int:
         report.write(arguments.json, versions, rows)
     if arguments.plot:
         where = report.machine()
-        told = ", ".join(f"{name} {value}" for name, value in versions.items() if name != "priority")
+        told = ", ".join(
+            f"{name} {value}" for name, value in versions.items() if name not in ("priority", "payload")
+        )
         plot.write(arguments.plot, f"tools/bench {arguments.name}", f"{where['cpu']}; {told}", rows)
     worse = report.worse(arguments.against, rows) if arguments.against else []
     print("\n".join(worse), end="\n" * bool(worse))

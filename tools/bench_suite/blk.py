@@ -178,8 +178,9 @@ def rows_of(case: str, pairs: Duel, least: float | None = None, strict: bool = F
 
 
 def version(command: list[str]) -> str:
-    """First line that a program says about itself."""
-    return subprocess.run([*command, "--version"], capture_output=True, text=True).stdout.splitlines()[0]
+    """The number in the first line that a program of QEMU says about itself."""
+    said = subprocess.run([*command, "--version"], capture_output=True, text=True).stdout
+    return said.partition("version ")[2].split()[0]
 
 
 def run(quick: bool) -> tuple[dict[str, str], list[Row]]:
