@@ -10,6 +10,7 @@ from pathlib import Path
 
 from . import plot, report
 
+NO_VERSIONS = {"priority", "payload"}
 TOOLS = {"__main__", "contest", "plot", "report", "testpmd"}
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from .report import Row
 
 RATES = ("iops", "pps")
-WIDTH, NAME, BAR = 860, 240, 360
+WIDTH, NAME, BAR = 900, 280, 360
 LINE, TOP = 24, 64
 COLOURS = {True: "#2a7f62", False: "#b5553c"}
 """At least as fast as the peer, or not."""
