@@ -68,9 +68,9 @@ class Pump:
             code = lib.GPV_PUMP_ERRNO - self._result
             raise GuestpvError(f"the TAP link failed: {os.strerror(code)}", where="TAP pump")
         for queue in (self.pair.rx, self.pair.tx):
-            # The pump's thread is over; looking at a broken queue raises what broke it.
+            # The pump's thread is over; taking from a broken queue raises what broke it.
             queue.own()
-            queue.pending()
+            queue.reap_burst()
         raise GuestpvError(f"the pump stopped with code {self._result}", where="TAP pump")
 
     def counters(self) -> dict[str, int]:

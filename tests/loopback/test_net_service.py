@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import os
 import socket
 import struct
 import time
@@ -206,6 +207,19 @@ def test_a_taken_name_is_refused_and_the_device_given_back(bench: Callable[..., 
     with pytest.raises(UsageError, match="pv0"):
         NetService(PciTransport(function), ifname="pv0")
     assert function.device.status == 0
+
+
+@pytest.mark.requirement("DEV-SPLIT-37")
+def test_a_device_that_lies_in_the_ring_ends_the_watch_with_its_lie(bench: Callable[..., Bench]) -> None:
+    one = bench()
+    rx = one.service.net.pairs[0].rx
+    rx.device["ring"][0] = (9999, 60)
+    rx.device["idx"] = 1
+    os.eventfd_write(rx.fileno(), 1)
+    deadline = time.monotonic() + 5
+    with pytest.raises(DeviceViolation, match="9999"):
+        while time.monotonic() < deadline:
+            one.service.watch(0.1)
 
 
 def test_closing_under_load_loses_no_thread(bench: Callable[..., Bench]) -> None:
