@@ -82,6 +82,8 @@ def write(path: Path, versions: dict[str, str], rows: list[Row]) -> None:
 COSTS = ("ns_per", "cpu_s", "kicks", "accesses", "instructions")
 """How the metrics begin of which less is better."""
 NOISE = 0.1
+RARE = 0.01
+"""Notifications per operation below which a ratio says nothing: they cost nothing any more."""
 
 
 def worse(path: Path, rows: list[Row]) -> list[str]:
@@ -90,7 +92,8 @@ def worse(path: Path, rows: list[Row]) -> list[str]:
     found = []
     for row in rows:
         was = before.get((row.case, row.metric))
-        if not was or not row.ratio:
+        rare = row.metric == "kicks_per_op" and row.value < RARE
+        if not was or not row.ratio or rare:
             continue
         change = row.ratio / was if row.metric.startswith(COSTS) else was / row.ratio
         if change > 1 + NOISE:
