@@ -55,6 +55,10 @@ class Pump:
         """Hand the receive buffers to the device and begin."""
         self._thread.start()
 
+    def join(self, timeout: float) -> None:
+        """Wait up to ``timeout`` seconds for the pump to end by itself."""
+        self._thread.join(timeout)
+
     def check(self) -> None:
         """Raise what ended the pump, if it ended by itself.
 

@@ -216,10 +216,9 @@ def test_a_device_that_lies_in_the_ring_ends_the_watch_with_its_lie(bench: Calla
     rx.device["ring"][0] = (9999, 60)
     rx.device["idx"] = 1
     os.eventfd_write(rx.fileno(), 1)
-    deadline = time.monotonic() + 5
+    one.service.pumps[0].join(5)
     with pytest.raises(DeviceViolation, match="9999"):
-        while time.monotonic() < deadline:
-            one.service.watch(0.1)
+        one.service.watch(0.1)
 
 
 def test_closing_under_load_loses_no_thread(bench: Callable[..., Bench]) -> None:
