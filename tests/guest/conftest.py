@@ -16,6 +16,8 @@ from guestvm import kernel as kernels
 from guestvm.progress import Progress
 
 KERNELS = os.environ.get("GUESTPV_KERNELS", "6.1 6.12").split()
+TEST_LIMIT = 600
+"""Seconds for a test with the boots that it needs, on a machine that is slow and busy."""
 MODERN = "disable-legacy=on,iommu_platform=on,ats=on"
 
 _unavailable: dict[str, str] = {}
@@ -28,6 +30,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if item.path.is_relative_to(Path(__file__).parent):
             kernel = getattr(item, "callspec", None) and item.callspec.params.get("kernel")  # type: ignore[attr-defined]
             item.add_marker(pytest.mark.xdist_group(f"guest-{kernel or KERNELS[-1]}"))
+            if item.get_closest_marker("timeout") is None:
+                item.add_marker(pytest.mark.timeout(TEST_LIMIT))
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
