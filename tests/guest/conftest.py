@@ -23,15 +23,11 @@ MODERN = "disable-legacy=on,iommu_platform=on,ats=on"
 _unavailable: dict[str, str] = {}
 
 
-@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """All tests of one kernel on one worker: they share a machine, and no worker has two."""
+    """A time limit for tests that have none of their own."""
     for item in items:
-        if item.path.is_relative_to(Path(__file__).parent):
-            kernel = getattr(item, "callspec", None) and item.callspec.params.get("kernel")  # type: ignore[attr-defined]
-            item.add_marker(pytest.mark.xdist_group(f"guest-{kernel or KERNELS[-1]}"))
-            if item.get_closest_marker("timeout") is None:
-                item.add_marker(pytest.mark.timeout(TEST_LIMIT))
+        if item.path.is_relative_to(Path(__file__).parent) and item.get_closest_marker("timeout") is None:
+            item.add_marker(pytest.mark.timeout(TEST_LIMIT))
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:

@@ -10,13 +10,9 @@ import pytest
 pytest.register_assert_rewrite("worlds.bodies", "worlds.schemes")
 
 from worlds.bodies import Place  # noqa: E402
-from worlds.schemes import PEERS, QTEST, Dpdk, World, case_id, cases  # noqa: E402
+from worlds.schemes import PEERS, QTEST, World, case_id, cases  # noqa: E402
 
-CASES = [
-    # One worker for all of DPDK: its port polls, and two of them would share a core.
-    pytest.param(*case, marks=pytest.mark.xdist_group("dpdk")) if isinstance(case[1], Dpdk) else case
-    for case in cases([*QTEST, *PEERS])
-]
+CASES = list(cases([*QTEST, *PEERS]))
 
 
 @pytest.mark.parametrize(("body", "world"), CASES, ids=case_id)

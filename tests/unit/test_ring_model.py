@@ -19,8 +19,6 @@ ORDERS = [
 ]
 SCENARIOS = 14
 
-pytestmark = pytest.mark.xdist_group("core-model")
-
 
 @pytest.mark.timeout(400)
 @pytest.mark.requirement("DRV-SPLIT-32", "DRV-SPLIT-33", "DRV-PACKED-13", "DRV-PACKED-19", "DRV-PACKED-20")

@@ -146,7 +146,6 @@ def test_the_pages_fences_are_the_cores() -> None:
 
 @pytest.mark.timeout(400)
 @pytest.mark.requirement("DRV-SPLIT-32", "DRV-SPLIT-33", "DRV-PACKED-19", "DRV-PACKED-20")
-@pytest.mark.xdist_group("core-model")
 def test_the_model_finds_what_the_page_says_without_a_fence(model: Path) -> None:
     told = []
     for param in ORDERS:
