@@ -164,7 +164,11 @@ def test_list_and_doctor_find_all_well(vm: Machine, net0: str) -> None:
     assert {function["name"] for function in listed.values()} >= {"net", "rng", "blk", "balloon", "console"}
     checks = data(gpv(vm, "doctor --json"))
     assert {check["name"] for check in checks} >= {"IOMMU", "interrupt remapping", "VFIO modules", "TUN"}
-    assert {check["verdict"] for check in checks} == {"ok"}
+    # Of the other functions the root disk, for one, is in use: a warning.
+    of_others = {check["name"] for check in checks if re.match(r"[0-9a-f]{4}:", check["name"])}
+    of_others -= {name for name in of_others if name.startswith(net0)}
+    assert {check["verdict"] for check in checks if check["name"] not in of_others} == {"ok"}
+    assert "fail" not in {check["verdict"] for check in checks}
     lines = vm.run("guestpv list | cat").stdout.splitlines()
     assert any(line.split()[:4] == [net0, "net", "modern", "virtio-pci"] for line in lines)
 

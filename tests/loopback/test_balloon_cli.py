@@ -18,9 +18,15 @@ Verb = Callable[..., subprocess.CompletedProcess[str]]
 
 
 @pytest.fixture
-def environment(tmp_path: Path) -> dict[str, str]:
+def runtime(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where sockets go: a socket's path has 107 bytes at most, so no long test name is part of it."""
+    return tmp_path_factory.mktemp("b") / "run"
+
+
+@pytest.fixture
+def environment(runtime: Path) -> dict[str, str]:
     """Sockets, locks and logs in a directory of the test's own."""
-    directory = tmp_path / "run"
+    directory = runtime
     directory.mkdir(mode=0o700)
     return {**os.environ, "RUNTIME_DIRECTORY": str(directory)}
 
@@ -46,7 +52,7 @@ def data(done: subprocess.CompletedProcess[str]) -> Any:
     return answer["data"]
 
 
-def test_up_status_down(balloon: Verb, tmp_path: Path) -> None:
+def test_up_status_down(balloon: Verb, runtime: Path) -> None:
     assert balloon("status").stdout == "Nothing is up. (guestpv balloon up)\n"
     up = data(balloon("up", "loopback:balloon?target=2560", "--detach", "--json"))
     assert up["target_pages"] == 2560
@@ -65,7 +71,7 @@ def test_up_status_down(balloon: Verb, tmp_path: Path) -> None:
     ] * 2
     assert balloon("down").stdout == "the balloon is down.\n"
     assert balloon("status").stdout.startswith("Nothing is up.")
-    assert list((tmp_path / "run" / "balloon").glob("*.sock")) == []
+    assert list((runtime / "balloon").glob("*.sock")) == []
 
 
 def test_without_leave_to_deflate_the_process_is_no_preferred_victim(balloon: Verb) -> None:

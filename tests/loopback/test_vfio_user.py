@@ -992,7 +992,8 @@ def test_a_server_that_speaks_something_else(tmp_path: Path) -> None:
 
         thread = threading.Thread(target=chat)
         thread.start()
-        with pytest.raises(GuestpvError, match="does not speak vfio-user"):
+        # It may hang up before it is greeted.
+        with pytest.raises(GuestpvError, match=r"does not speak vfio-user|no vfio-user server"):
             VfioUserFunction(path)
         thread.join()
 
