@@ -41,7 +41,7 @@ def raw(path: Path, size: int = SIZE) -> str:
 
 def qcow2(path: Path) -> str:
     if shutil.which("qemu-img") is None:
-        pytest.skip("qemu-img is missing: apt install qemu-utils")
+        pytest.fail("qemu-img is missing: apt install qemu-utils", pytrace=False)
     subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", path, str(SIZE)], check=True)
     return f"driver=qcow2,node-name=disk,file.driver=file,file.filename={path}"
 
