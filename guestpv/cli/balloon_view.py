@@ -5,6 +5,7 @@ from __future__ import annotations
 from types import TracebackType
 from typing import Any, Self
 
+from ..drivers.balloon_queues import QUIRKS
 from .counters import amount
 
 PAGE = 4096
@@ -33,7 +34,8 @@ def line(status: dict[str, Any]) -> str:
 def describe(status: dict[str, Any]) -> list[tuple[str, str]]:
     """What is up and how it stands, as names and values."""
     pool, memory = status["pool"], status["memory"]
-    numbering = " (quirk: queues numbered without gaps)" if status["numbering"] == "dense" else ""
+    quirk = QUIRKS[status["numbering"]]
+    numbering = f" (quirk: {quirk})" if quirk else ""
     rows = [
         ("device", f"{status['function']}, interrupts: {status['mode']}{numbering}"),
         ("features", " ".join(status["features"])),

@@ -63,6 +63,7 @@ def of_device(spec: str, transport: Transport) -> dict[str, Any]:
             {"index": index, "max_size": transport.queue_max_size(index)}
             for index in range(transport.num_queues)
         ],
+        "balloon_queues": balloon_queues(transport),
         "config": configuration(transport),
         "config_length": transport.config_length,
         "capabilities": [],
@@ -94,6 +95,7 @@ def of_kernel(spec: Spec, function: Function) -> dict[str, Any]:
         "features": None if offered is None else names(function.type, offered),
         "feature_mask": None if offered is None else hex(offered),
         "queues": None,
+        "balloon_queues": None,
         "config": None,
         "config_length": None,
         "capabilities": [
@@ -104,6 +106,22 @@ def of_kernel(spec: Spec, function: Function) -> dict[str, Any]:
         ],
         "msix_vectors": None,
     }
+
+
+def balloon_queues(transport: Transport) -> dict[str, Any] | None:
+    """Which number each of a balloon's queues has, and what is odd about it; None for other devices."""
+    from ..drivers.balloon_queues import QUIRKS, find_numbering
+    from ..errors import DeviceViolation
+    from ..spec.features import BALLOON
+
+    if transport.device_type != BALLOON:
+        return None
+    offered = transport.offered
+    try:
+        found = find_numbering(offered, offered, transport.queue_max_size, transport.name)
+    except DeviceViolation as error:
+        return {"numbering": None, "numbers": {}, "quirk": error.message}
+    return {"numbering": found.name, "numbers": found.by_name, "quirk": QUIRKS[found.name]}
 
 
 def names(device_type: int, features: int) -> list[str]:
@@ -177,6 +195,9 @@ def show(data: dict[str, Any]) -> None:
     if data["queues"] is not None:
         sizes = ", ".join(f"{queue['index']}: {queue['max_size']}" for queue in data["queues"])
         rows.append(("queues", f"{len(data['queues'])}; largest sizes {sizes}"))
+    if balloon := data["balloon_queues"]:
+        places = ", ".join(f"{name} {number}" for name, number in balloon["numbers"].items())
+        rows += [("", places)] + ([("quirk", balloon["quirk"])] if balloon["quirk"] else [])
     out.print(pairs([row for row in rows if any(row)]))
     if data["config"]:
         out.print("configuration")
@@ -184,7 +205,7 @@ def show(data: dict[str, Any]) -> None:
         out.print(indented(pairs(fields)))
     if data["capabilities"]:
         out.print("structures")
-        places = [
+        lines = [
             (
                 cap["structure"],
                 str(cap["bar"]),
@@ -194,7 +215,7 @@ def show(data: dict[str, Any]) -> None:
             )
             for cap in data["capabilities"]
         ]
-        out.print(indented(table(("STRUCTURE", "BAR", "OFFSET", "LENGTH", ""), places)))
+        out.print(indented(table(("STRUCTURE", "BAR", "OFFSET", "LENGTH", ""), lines)))
     if data["source"] == "kernel":
         out.print(f"The kernel's driver {data['driver'] or '(none)'} has it; this is what the kernel tells.")
         out.print(f"  -> guestpv bind {data['name']}   to see queues and configuration")

@@ -12,6 +12,8 @@ STANDARD = "standard"
 DENSE = "dense"
 """The quirk: queues are numbered one after the other, without a gap for a queue that the device does not
 have. QEMU does it, and Linux expects it."""
+QUIRKS = {STANDARD: None, DENSE: "queues numbered without gaps"}
+"""Name of a numbering -> what to call it where it is not the standard's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +27,11 @@ class Numbering:
 
     name: str
     numbers: dict[int, int]
+
+    @property
+    def by_name(self) -> dict[str, int]:
+        """Numbers that the device uses, by the names of 5.5.2 (``statsq``, ...)."""
+        return {spec.QUEUE_NAMES[queue]: number for queue, number in self.numbers.items()}
 
 
 def find_numbering(

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
+import re
 import time
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 
+from guestpv.cli.main import main
 from guestpv.drivers.balloon import Balloon
 from guestpv.drivers.balloon_pages import Chunk, PageSource
 from guestpv.pci.qtest import QtestFunction
@@ -147,6 +151,15 @@ def test_qemus_numbers_of_queues(device: Device, body: str, numbering: str, numb
         assert {which: queue.index for which, queue in balloon.queues.items()} == numbers
 
 
+def test_info_names_the_quirk() -> None:
+    command = ["info", f"qtest:{MODERN},free-page-reporting=on"]
+    shown = CliRunner().invoke(main, command).output
+    assert "inflateq 0, deflateq 1, statsq 2, reporting_vq 3" in shown
+    assert re.search("quirk +queues numbered without gaps", shown)
+    found = json.loads(CliRunner().invoke(main, [*command, "--json"]).stdout)["data"]["balloon_queues"]
+    assert (found["numbering"], found["quirk"]) == ("dense", "queues numbered without gaps")
+
+
 @pytest.mark.parametrize("packed", [False, True], ids=["split", "packed"])
 def test_free_pages_of_the_pool_are_reported(device: Device, packed: bool) -> None:
     transport = device(f"{MODERN},free-page-reporting=on" + (",packed=on" if packed else ""), memory=str(RAM))
@@ -172,7 +185,7 @@ def test_statistics_arrive_at_the_monitor(device: Device) -> None:
     service = BalloonService(transport, keep_free=0)
     host.qmp.execute("qom-set", {**place, "property": "guest-stats-polling-interval", "value": 1})
     seen: list[dict[str, Any]] = []
-    deadline = time.monotonic() + 15
+    deadline = time.monotonic() + 120
     while service.balloon.answered < 3 and time.monotonic() < deadline:
         service.watch(0.2)
         seen.append(host.qmp.execute("qom-get", {**place, "property": "guest-stats"}))
@@ -216,7 +229,7 @@ def test_a_thousand_targets_in_a_row(device: Device) -> None:
 
 
 def _settle(service: BalloonService) -> None:
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 120
     while True:
         service.watch(0.005)
         service.target = service.balloon.target
@@ -231,7 +244,7 @@ def test_more_than_there_is_is_followed_as_far_as_it_goes(device: Device) -> Non
     service = BalloonService(transport, keep_free=0, rate=1 << 40)
     host.want(1)
     events: list[str] = []
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 120
     while not any("held" in event for event in events):
         assert time.monotonic() < deadline
         events += service.watch(0.2)

@@ -171,6 +171,47 @@ def test_info_decodes_configuration(
     assert says in run("info", "loopback:x").output
 
 
+@pytest.mark.parametrize(
+    ("offered", "sizes", "numbering", "numbers", "quirk"),
+    [
+        (0b000010, [8, 8, 8], "standard", {"inflateq": 0, "deflateq": 1, "statsq": 2}, None),
+        (0b100000, [8, 8, 0, 0, 8], "standard", {"inflateq": 0, "deflateq": 1, "reporting_vq": 4}, None),
+        (
+            0b101000,
+            [8, 8, 8, 8],
+            "dense",
+            {"inflateq": 0, "deflateq": 1, "free_page_vq": 2, "reporting_vq": 3},
+            "queues numbered without gaps",
+        ),
+        (
+            0b100010,
+            [8, 8, 8],
+            None,
+            {},
+            "has no inflateq at 0, deflateq at 1, statsq at 2",
+        ),
+    ],
+)
+def test_info_of_a_balloon_finds_its_queues(
+    transport: FakeTransport,
+    offered: int,
+    sizes: list[int],
+    numbering: str | None,
+    numbers: dict[str, int],
+    quirk: str | None,
+) -> None:
+    transport.device_type, transport.offered, transport.num_queues = 5, offered, len(sizes)
+    transport.queue_max_size = lambda index: (sizes + [0] * 8)[index]  # type: ignore[method-assign]
+    shown = data("info", "loopback:x")["balloon_queues"]
+    assert (shown["numbering"], shown["numbers"]) == (numbering, numbers)
+    assert (quirk is None) == (shown["quirk"] is None)
+    output = " ".join(run("info", "loopback:x").output.split())
+    assert ", ".join(f"{name} {number}" for name, number in numbers.items()) in output
+    if quirk is not None:
+        assert quirk in shown["quirk"]
+        assert quirk in output
+
+
 def test_info_of_what_the_kernel_drives(
     kernel: FakeKernel, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -395,7 +436,7 @@ def test_up_in_the_background(
     assert done.exit_code == 0
     assert done.output.splitlines()[-1] == "Up in the background, process 4711."
     log = tmp_path / "run" / "pv0.log"
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 60
     while "link down" not in log.read_text():
         assert time.monotonic() < deadline
         time.sleep(0.01)
