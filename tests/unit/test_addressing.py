@@ -362,7 +362,7 @@ def library(monkeypatch: pytest.MonkeyPatch, script: Callable[[Any], Any]) -> li
 
 
 def poll_until(client: Any, count: int) -> list[Settings | None]:
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     news: list[Settings | None] = []
     while len(news) < count:
         assert time.monotonic() < deadline
@@ -384,7 +384,7 @@ def test_hooks_of_the_library_become_news(monkeypatch: pytest.MonkeyPatch, tmp_p
         assert not config.handle_signals
         for trigger in (Trigger.BOUND, Trigger.RENEWED, Trigger.EXPIRED):
             await run_hooks(config.hooks, lease, trigger, 1.0)
-        await asyncio.sleep(60)
+        await asyncio.sleep(600)
 
     left = library(monkeypatch, script)
     client = LibraryClient("pv0")
@@ -451,7 +451,7 @@ def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, end: str) -> None:
 
 
 def test_udhcpc_reports_through_its_script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    install(tmp_path, monkeypatch, "time.sleep(60)")
+    install(tmp_path, monkeypatch, "time.sleep(600)")
     client = Udhcpc("pv0")
     lost, bound, renewed = poll_until(client, 3)
     assert lost is None
@@ -477,7 +477,7 @@ def test_udhcpc_that_does_not_stop_is_killed(tmp_path: Path, monkeypatch: pytest
     install(
         tmp_path,
         monkeypatch,
-        "signal.signal(signal.SIGTERM, signal.SIG_IGN); event('deconfig'); time.sleep(60)",
+        "signal.signal(signal.SIGTERM, signal.SIG_IGN); event('deconfig'); time.sleep(600)",
     )
     monkeypatch.setattr(dhcp, "STOP_TIME_LIMIT", 0.1)
     client = Udhcpc("pv0")

@@ -72,7 +72,7 @@ def session(spec: str = "loopback:blk", **wishes: Any) -> tuple[BlkSession, list
 
 def down_at_once(status: dict[str, Any]) -> None:
     def end() -> None:
-        answers.append(ask(Path(directory()) / "nbd7.sock", "down", 10))
+        answers.append(ask(Path(directory()) / "nbd7.sock", "down", 60))
 
     answers: list[dict[str, Any]] = []
     status["thread"] = threading.Thread(target=end)
@@ -88,7 +88,7 @@ def test_up_and_down() -> None:
     one, said = session(queues=2, poll=True, index=7)
     one.run(down_at_once, lambda status: None)
     ((thread, answers),) = threads
-    thread.join(5)
+    thread.join(60)
     assert log[0] == "service [('index', 7), ('poll', True), ('queues', 2)]"
     assert log[-2:] == ["settle", "close"]
     assert answers == [{"name": "nbd7", "function": "loopback:blk", "driver": None}]
@@ -100,7 +100,7 @@ def test_a_mounted_disk_is_waited_for() -> None:
     FakeService.busy = 3
     one, said = session()
     one.run(down_at_once, lambda status: None)
-    threads[0][0].join(5)
+    threads[0][0].join(60)
     assert log.count("settle") == 4
     assert said[1] == "/dev/nbd7 is in use: mounted; going down once it is not: umount /dev/nbd7"
     assert said[2] == "going down: guestpv blk down"
@@ -136,7 +136,7 @@ def test_status_is_shown() -> None:
     threads.clear()
     one, _ = session()
     one.run(look, lambda status: None)
-    threads[0][0].join(5)
+    threads[0][0].join(60)
     assert [result.exit_code for result in shown] == [0, 0, 0]
     assert "/dev/nbd7, 1.0 MiB, blocks of 512 bytes, write-back cache" in shown[0].output
     assert "QUEUE" in shown[1].output

@@ -350,13 +350,11 @@ def test_status_and_down_over_the_socket(world: World) -> None:
     def client() -> None:
         (endpoint,) = endpoints(runtime_directory())
         answers.append(endpoint.status)
-        answers.append(ask(endpoint.path, "down", 10))
+        answers.append(ask(endpoint.path, "down", 60))
 
     thread = threading.Thread(target=client)
-    started = time.monotonic()
     told, _ = run(when_up=thread.start)
-    thread.join(10)
-    assert time.monotonic() - started < 5
+    thread.join(60)
     assert answers[0]["function"] == NET
     assert answers[1] == {"name": "pv0", "function": NET, "driver": "virtio-pci"}
     assert told[-2] == "going down: guestpv net down"
@@ -370,13 +368,13 @@ def test_down_while_an_address_is_awaited(world: World) -> None:
     def client() -> None:
         while not endpoints(runtime_directory()):
             time.sleep(0.01)
-        answers.append(ask(endpoints(runtime_directory())[0].path, "down", 10))
+        answers.append(ask(endpoints(runtime_directory())[0].path, "down", 60))
 
     thread = threading.Thread(target=client)
     thread.start()
     with pytest.raises(GuestpvError, match="ended by guestpv net down before it was up"):
         run()
-    thread.join(10)
+    thread.join(60)
     assert "before it was up" in answers[0]["error"]  # type: ignore[index]
     assert world.log == UNDONE
 
