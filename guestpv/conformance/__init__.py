@@ -1,0 +1,1 @@
+"""The conformance suite: checks of devices and of drivers, requirement by requirement."""

@@ -1,0 +1,1 @@
+"""The pytest plugin that opens the device under test and turns what tests do into verdicts."""
