@@ -378,10 +378,14 @@ class VfioUserServer:
         self._told = len(findings)
 
     def _hang_up(self) -> None:
-        connection, self.connection = self.connection, None
+        connection = self.connection
         if connection is not None:
-            self._selector.unregister(connection.channel.fileno())
-            connection.close()
+            try:
+                self._selector.unregister(connection.channel.fileno())
+                connection.close()
+            finally:
+                # Last: who sees that nobody is connected finds the function switched off.
+                self.connection = None
 
     def start(self) -> Self:
         """Serve in a thread of its own."""

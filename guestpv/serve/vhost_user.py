@@ -147,10 +147,18 @@ class VhostUserServer:
                 if key.fd == self._stop:
                     return
                 # An earlier event of this round may have closed what this one is about.
-                if self._selector.get_map().get(key.fd) is key:
-                    key.data()
+                if self._selector.get_map().get(key.fd) is not key:
+                    continue
+                # A front end that went away makes room for the one that came after it.
+                if key.fd == self._listener.fileno() and self._client_is_in(ready):
+                    continue
+                key.data()
             if polling:
                 self.device.poll()
+
+    def _client_is_in(self, ready: list[tuple[selectors.SelectorKey, int]]) -> bool:
+        channel = self.connection.channel.fileno() if self.connection is not None else -1
+        return any(key.fd == channel for key, _ in ready)
 
     def start(self) -> Self:
         """Serve in a thread of its own."""

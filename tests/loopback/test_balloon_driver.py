@@ -137,8 +137,8 @@ class Frames(System):
     def __init__(self, frames: Callable[[int, int], list[int]]) -> None:
         self._frames = frames
 
-    def page_frames(self, pointer: int, count: int) -> list[int]:
-        return self._frames(pointer, count)
+    def page_frames(self, pointer: int, count: int) -> NDArray[np.uint64]:
+        return np.array(self._frames(pointer, count), np.uint64)
 
 
 def test_behind_an_iommu_numbers_come_from_the_kernel_and_not_from_the_bus() -> None:

@@ -273,7 +273,7 @@ def test_errors_say_sector_and_length_and_concern_one_request(make: Make) -> Non
     buffers = [disk.blk.allocate(512) for _ in range(3)]
     sent = [disk.blk.submit(spec.T_IN, 512 * i, [b])[0] for i, b in enumerate(buffers)]
     disk.model.fail_next = [spec.S_IOERR]
-    disk.blk.queues[0].wait(sent, 5)
+    disk.blk.queues[0].wait(sent, 60)
     assert [request.outcome for request in sent] == [Outcome.FAILED, Outcome.DONE, Outcome.DONE]
 
 
@@ -364,7 +364,7 @@ def test_a_device_that_lies_breaks_the_queue_and_leaves_nothing_open(
         ring["ring"][1] = ring["ring"][0]
         ring["idx"] = 2
     with pytest.raises(DeviceViolation, match=says):
-        disk.blk.queues[0].wait(sent, 5)
+        disk.blk.queues[0].wait(sent, 60)
     assert ends(sent) == ["done"] + ["unknown"] * 7
     with pytest.raises(DeviceViolation):
         disk.blk.read(0, 512)
@@ -377,7 +377,8 @@ def test_a_device_that_lies_breaks_the_queue_and_leaves_nothing_open(
 
 
 def test_a_request_that_is_late_ends_as_unknown_and_its_memory_comes_back_later(make: Make) -> None:
-    disk = make(timeout=0.05)
+    disk = make()
+    disk.blk.timeout = 0.05
     kept = disk.hold()
     with pytest.raises(OutcomeUnknown, match=r"write of 512 bytes at sector 2: not back within 0.05 s"):
         disk.blk.write(1024, bytes(512))
@@ -388,6 +389,7 @@ def test_a_request_that_is_late_ends_as_unknown_and_its_memory_comes_back_later(
     assert requests.reap() == 1
     assert (requests.late, requests.in_flight, len(requests.stages)) == (1, 0, 8)
     disk.model.handle = disk.answer  # type: ignore[method-assign]
+    disk.blk.timeout = 60
     assert disk.blk.read(1024, 512).sum() == 0
 
 
@@ -425,7 +427,7 @@ def test_a_disk_that_grows_while_it_is_read(make: Make) -> None:
         disk.blk.read(SIZE, 512)
     assert not disk.blk.changed()
     disk.model.resize(2 * SIZE)
-    assert disk.blk.changed(5)
+    assert disk.blk.changed(60)
     assert disk.blk.capacity == 2 * SIZE
     disk.model.resize(3 * SIZE)
     disk.blk.write(3 * SIZE - 512, b"e" * 512)

@@ -33,7 +33,7 @@ class Rig:
         self.store = VolatileStore(SECTORS * 512)
         self.model = Model(self.store)
         self.function = SoftwareFunction(self.model, name="loopback:blk")
-        self.disk = Blk(PciTransport(self.function), timeout=1.0)
+        self.disk = Blk(PciTransport(self.function), timeout=60.0)
         self.safe = np.zeros(SECTORS, np.uint64)
         self.later: list[set[int]] = [set() for _ in range(SECTORS)]
         self.last = np.zeros(SECTORS, np.uint64)

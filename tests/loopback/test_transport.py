@@ -108,7 +108,7 @@ def test_a_device_that_never_leaves_reset_is_given_up_after_the_time_limit(make:
     started = time.monotonic()
     with pytest.raises(TimeLimit, match="after the reset"):
         transport.reset(timeout=0.2)
-    assert 0.2 <= time.monotonic() - started < 5
+    assert 0.2 <= time.monotonic() - started < 60
     function.registers.reset_reads = 0
 
 
@@ -269,7 +269,7 @@ def test_one_queue_is_reset_with_buffers_in_flight_and_comes_back_smaller(make: 
     queue = transport.make_queue(0, 16)
     queue.add(writable=[buffer])
     queue.publish()
-    assert queue.wait(5)
+    assert queue.wait(60)
     assert [length for _, length in queue.completions()] == [64]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import select
 from collections.abc import Callable, Iterator
@@ -113,7 +114,7 @@ class Writes:
 
     def finish(self) -> None:
         while len(self.done) < self.count:
-            assert self.queue.wait(5)
+            assert self.queue.wait(60)
             self.take()
 
 
@@ -181,7 +182,7 @@ def test_configuration_changes_and_writes(serve: Serve, connect: Open) -> None:
     before = transport.config_generation()
     assert select.select([fd], [], [], 0)[0] == []
     model.resize(2 * SIZE)
-    assert select.select([fd], [], [], 5)[0] == [fd]
+    assert select.select([fd], [], [], 60)[0] == [fd]
     assert transport.config(spec.CONFIG)["capacity"] == 2 * SIZE // 512
     assert transport.config_generation() != before
     transport.config_write(spec.CONFIG["writeback"], 0)
@@ -216,7 +217,7 @@ def test_a_ring_that_breaks_the_device(serve: Serve, connect: Open) -> None:
     fd = transport.config_fd
     assert fd is not None
     queue.notify()
-    assert select.select([fd], [], [], 5)[0] == [fd]
+    assert select.select([fd], [], [], 60)[0] == [fd]
     assert transport.status & Status.NEEDS_RESET
     assert "0xdead0000" in str(server.journal.findings[0])
     transport.reset()
@@ -242,7 +243,7 @@ def test_frames_come_back(serve: Serve, connect: Open, packed: bool) -> None:
         assert net.send(frames) == 40
         came: list[bytes] = []
         while len(came) < 40:
-            more = net.receive_within(5)
+            more = net.receive_within(60)
             assert more
             came += more
         assert came == frames
@@ -352,6 +353,7 @@ def test_a_lesser_back_end_in_its_place_is_refused(serve: Serve, connect: Open) 
 
 
 def test_nothing_is_left_open(serve: Serve, connect: Open) -> None:
+    gc.collect()
     before = len(os.listdir("/proc/self/fd"))
     server = serve(disk())
     transport = connect("blk", server.path)

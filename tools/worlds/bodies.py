@@ -16,7 +16,7 @@ from guestpv.transport.base import Transport
 from guestpv.virtqueue.queue import Virtqueue
 
 LIVE = Status.ACKNOWLEDGE | Status.DRIVER | Status.FEATURES_OK | Status.DRIVER_OK
-PATIENCE = 5.0
+PATIENCE = 60.0
 CABLE = 8
 """Frames in flight: the shortest cable of all worlds drops or blocks beyond that."""
 LENGTHS = (14, 60, 64, 1000, 1514, 1518)
