@@ -25,6 +25,7 @@ VERBS: Final = {
     "serve": ("serve:serve", "Put a device model on a socket for QEMU to attach."),
     "blk": ("blk:blk", "Drive a disk as a block device, or directly."),
     "ring-picture": ("ring_picture:ring_picture", "Draw a virtqueue in a state worth explaining."),
+    "vectors": ("vectors:vectors", "Test vectors for drivers in other languages."),
     "completion": ("completion:completion", "Print the shell's completion script."),
 }
 """Verb -> where its command is, and its line of help (so that help imports nothing)."""

@@ -28,7 +28,8 @@ STANDS_ON: dict[str, set[str]] = {
     "trace": {"spec", "transport", "virtqueue"},
     "opener": {"vfio", "drivers", "devices", "serve", "trace"},
     "conformance": {"drivers", "devices", "serve", "opener"},
-    "cli": {"services", "trace", "conformance", "opener"},
+    "vectors": {"opener"},
+    "cli": {"services", "trace", "conformance", "vectors", "opener"},
     "__main__": {"cli"},
     "": {"opener"},
 }
