@@ -164,8 +164,7 @@ class Device:
             self.find("DRV-FEAT-02", f"accepted without what they require: {names(broken)}", where)
             objections.append("dependency")
         for bit in ft.bits(accepted & ~known_features(kind)):
-            rule = "DRV-FEAT-11" if bit < 24 or bit in (41, 42) or 50 <= bit < 128 else "DRV-FEAT-08"
-            self.find(rule, f"{ft.feature_name(kind, bit)} accepted although it is not defined", where)
+            self.find(undefined_rule(bit), f"{ft.feature_name(kind, bit)} accepted: not defined", where)
             objections.append("undefined")
         if self.offered >> ft.F_VERSION_1 & ~accepted >> ft.F_VERSION_1 & 1:
             self.find("DRV-FEAT-15", "VIRTIO_F_VERSION_1 offered and not accepted", where)
@@ -253,6 +252,13 @@ class Device:
         if self._stale:
             self._stale = False
             self.generation = (self.generation + 1) & 0xFF
+
+
+def undefined_rule(bit: int) -> str:
+    """What accepting a bit breaks that is not defined for a device type (2.2, 2.2.1)."""
+    if 44 <= bit < 50 or bit >= 128:
+        return "DRV-FEAT-09"
+    return "DRV-FEAT-08" if 24 <= bit < 44 else "DRV-FEAT-11"
 
 
 def known_features(device_type: int) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bisect
 import mmap
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -39,10 +40,12 @@ class BusMemory:
 
     Attributes:
         enabled: whether the device may reach memory at all (PCI: bus master).
+        removed: called with address and length before windows are closed.
     """
 
     def __init__(self) -> None:
         self.enabled = True
+        self.removed: Callable[[int, int], None] = lambda address, length: None
         self._starts: list[int] = []
         self._windows: list[Window] = []
 
@@ -70,6 +73,7 @@ class BusMemory:
         hit = [w for w in self._windows if w.start < start + length and start < w.end]
         if not hit or any(w.start < start or w.end > start + length for w in hit):
             raise UsageError(f"no whole DMA windows at {start:#x}/{length}")
+        self.removed(start, length)
         for window in hit:
             self._windows.remove(window)
             self._starts.remove(window.start)

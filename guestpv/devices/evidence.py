@@ -21,7 +21,8 @@ class Event(NamedTuple):
 
     Attributes:
         kind: ``read``, ``write`` (a register of a BAR), ``config-read``, ``config-write`` (PCI
-            configuration space), ``kick``, ``pop``, ``push``, ``publish``, ``interrupt``, ``reset``.
+            configuration space), ``enable``, ``kick``, ``pop``, ``push``, ``publish``, ``interrupt``,
+            ``reset``.
         name: the standard's name of the register, or what the kind acts on.
         offset: bytes from the start of the register's structure.
         width: bytes of the access.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from ..errors import UsageError
 from ..spec import features as ft
@@ -15,6 +15,7 @@ from .dma import SoftwareDma
 from .evidence import Event, Finding, Journal, Observer
 from .executor import Executor
 from .interrupts import Interrupts, signal
+from .looks import Looks
 from .model import Model
 from .pciconfig import (
     INITIATE_FLR,
@@ -29,9 +30,10 @@ from .pciconfig import (
 from .queue import DeviceQueue
 from .registers import VirtioRegisters
 
-MSIX_BAR, VIRTIO_BAR = 0, 4
+MSIX_BAR = 0
 PAGE = 4096
 COMMON, ISR, DEVICE, NOTIFY = 0, PAGE, 2 * PAGE, 3 * PAGE
+"""Where the structures lie in their BAR, behind ``Looks.shift``."""
 MAX_VECTORS = 0x800
 
 
@@ -70,6 +72,7 @@ class SoftwareFunction:
         segment: bytes after which DMA memory continues elsewhere on the bus, 0 for never.
         translated: whether bus addresses are not guest-physical ones; the device then offers and requires
             ACCESS_PLATFORM.
+        looks: how it presents itself.
 
     Attributes:
         device: the virtio device: status, features, queues; tests steer it from outside.
@@ -90,6 +93,7 @@ class SoftwareFunction:
         flr: bool = True,
         segment: int = 0,
         translated: bool = True,
+        looks: Looks = Looks(),  # noqa: B008 - it is frozen
     ) -> None:
         if multiplier & (multiplier - 1) or 0 < multiplier < 4 or multiplier > PAGE:
             raise UsageError(f"notify_off_multiplier {multiplier} is neither 0 nor a power of 2 in 4 to 4096")
@@ -109,41 +113,58 @@ class SoftwareFunction:
         self.interrupts = Interrupts(count)
         self.registers = VirtioRegisters(self.device, count, multiplier, self._move_line)
         self.flr = flr
-        self._bars = self._lay_out()
-        self._obey_command()
+        self.dma.removed = self._memory_gone
+        self.present(looks)
         self._own_fds: list[int] = []
         self._ask_fds: dict[str, int] = {}
         self._closed = False
 
-    def _lay_out(self) -> dict[int, SoftwareBar]:
+    def present(self, looks: Looks) -> None:
+        """Take on these looks, before a driver has seen the function."""
+        self.looks = looks
+        self._bars = self._lay_out(looks)
+        self._obey_command()
+
+    def _lay_out(self, looks: Looks) -> dict[int, SoftwareBar]:
         count = self.interrupts.vectors
         multiplier = self.registers.multiplier
         notify = max(multiplier * len(self.device.queues), 4)
-        sizes = {VIRTIO_BAR: _power_of_two(NOTIFY + notify)}
+        sizes = {looks.bar: _power_of_two(looks.shift + NOTIFY + notify)}
         self._pending_at = 0
         if count:
             self._pending_at = _power_of_two(16 * count)
             sizes[MSIX_BAR] = max(_power_of_two(self._pending_at + len(self.interrupts.pending)), PAGE)
         self.config = ConfigSpace(self.model.device_type, self.model.pci_class, sizes)
+        self.config.identify(looks.vendor, looks.device, looks.revision)
         if count:
             body = msix_capability(count, (MSIX_BAR, 0), (MSIX_BAR, self._pending_at))
             at = self.config.add_capability("msix", pci.PCI_CAP_MSIX, body)
             self.config.mask[at + 3] = (MSIX_ENABLE | MSIX_FUNCTION_MASK) >> 8
-        common = pci.COMMON_CFG
-        structures = [
-            Structure(CfgType.COMMON, VIRTIO_BAR, COMMON, common.size),
-            Structure(CfgType.ISR, VIRTIO_BAR, ISR, 1),
-            Structure(CfgType.NOTIFY, VIRTIO_BAR, NOTIFY, notify, multiplier.to_bytes(4, "little")),
-        ]
-        if self.model.layout is not None:
-            structures.append(Structure(CfgType.DEVICE, VIRTIO_BAR, DEVICE, self.model.layout.size))
-        structures.append(Structure(CfgType.PCI_CFG, 0, 0, 0, bytes(4)))
-        self.config.add_structures(structures)
+        for number, body in enumerate(looks.first):
+            self.config.add_capability(f"odd {number}", pci.PCI_CAP_VENDOR, body)
+        self.config.add_structures(self._structures(looks, notify))
         if self.flr:
             at = self.config.add_capability("express", pci.PCI_CAP_EXPRESS, express_capability())
             self.config.put(at + 8, 2, 0, 0xFFFF)
         self.config.written = self._config_written
         return {index: SoftwareBar(self, index, size) for index, size in sizes.items()}
+
+    def _structures(self, looks: Looks, notify: int) -> Iterator[Structure]:
+        places = {
+            CfgType.COMMON: (COMMON, pci.COMMON_CFG.size, b""),
+            CfgType.ISR: (ISR, 1, b""),
+            CfgType.NOTIFY: (NOTIFY, notify, self.registers.multiplier.to_bytes(4, "little")),
+        }
+        if self.model.layout is not None:
+            places[CfgType.DEVICE] = (DEVICE, self.model.layout.size, b"")
+        for kind in looks.order:
+            if kind == CfgType.PCI_CFG:
+                yield Structure(kind, 0, 0, 0, bytes(4 + looks.longer))
+            elif kind in places:
+                offset, length, extra = places[kind]
+                # The notification structure ends with its BAR.
+                length += 0 if kind == CfgType.NOTIFY else looks.spare
+                yield Structure(kind, looks.bar, looks.shift + offset, length, extra + bytes(looks.longer))
 
     # What a transport uses.
 
@@ -189,6 +210,7 @@ class SoftwareFunction:
                 return (1 << 8 * width) - 1
             if index == MSIX_BAR:
                 return self._msix_read(offset, width)
+            offset -= self.looks.shift
             part = offset // PAGE
             if part == 0:
                 return self.registers.common_read(offset, width)
@@ -203,11 +225,13 @@ class SoftwareFunction:
         with self.executor:
             if not self._decodes(index, offset, width):
                 return
-            part = offset // PAGE
             if index == MSIX_BAR:
                 if offset < self._pending_at:
                     self.interrupts.table_write(offset, width, value)
-            elif part == 0:
+                return
+            offset -= self.looks.shift
+            part = offset // PAGE
+            if part == 0:
                 self.registers.common_write(offset, width, value)
             elif part == 2:
                 self.registers.config_write(offset - DEVICE, width, value)
@@ -378,11 +402,23 @@ class SoftwareFunction:
         """Take memory away. A queue that has its rings there stops."""
         with self.executor:
             self.dma.remove(address, length)
+
+    def _memory_gone(self, address: int, length: int) -> None:
+        """The driver took memory away: what is exposed in a live queue must not be in it (3.3.1)."""
+        with self.executor:
             for queue in self.device.queues:
+                ring = queue.ring
+                if ring is None or not self.device.running:
+                    continue
                 areas = (queue.desc, queue.driver, queue.device)
-                if queue.enabled and any(address <= area < address + length for area in areas):
+                if any(address <= area < address + length for area in areas):
                     self.device.find("DRV-CLEANUP-02", "ring unmapped under a live queue", queue.where)
                     queue.ring = None
+                    continue
+                for chain in list(ring.outstanding.values()):
+                    if any(address <= part.address < address + length for part in chain.elements):
+                        text = f"memory of chain {chain.id} unmapped before it was used"
+                        self.device.find("DRV-CLEANUP-02", text, queue.where)
 
     # Reset and the end.
 

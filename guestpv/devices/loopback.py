@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from ..errors import UsageError
 from ..spec import features as ft
@@ -176,7 +177,7 @@ def open_function(body: str, params: dict[str, str]) -> SoftwareFunction:
         raise UsageError(f"queue_size={depth} is not between 1 and 32768", where=where)
     msix = left.text("msix", "auto")
     model = MODELS[body](left, depth)
-    options = {
+    options: dict[str, Any] = {
         "threaded": left.switch("threaded", False),
         "flr": left.switch("flr", True),
         # A balloon's requests name guest-physical pages; without translation a bus address is one.

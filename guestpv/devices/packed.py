@@ -7,7 +7,7 @@ import struct
 from ..spec import ring as spec
 from .dma import BusMemory
 from .evidence import DriverFault
-from .ring import Chain, Element, Ring, Used, fence
+from .ring import Areas, Chain, Element, Ring, Used, fence
 
 _DESC = struct.Struct("<QIHH")
 AVAIL, USED = spec.PACKED_DESC_F_AVAIL, spec.PACKED_DESC_F_USED
@@ -33,9 +33,9 @@ class PackedRing(Ring):
         size: int,
         features: int,
         memory: BusMemory,
-        areas: tuple[memoryview, memoryview, memoryview],
+        areas: Areas,
     ) -> None:
-        super().__init__(size, features, memory)
+        super().__init__(size, features, memory, areas)
         desc, driver, device = areas
         self._desc = desc
         self._halves = desc[: 16 * size].cast("H")
@@ -85,7 +85,8 @@ class PackedRing(Ring):
                 break
         if id in self.outstanding:
             raise DriverFault("DRV-PACKED-34", f"buffer id {id} is still outstanding")
-        chain = self._chain(id, count, elements, [])
+        slots = [place % self.size for place in range(self.available, position)]
+        chain = self._chain(id, count, elements, slots)
         self.available = position
         return self._took(chain)
 
@@ -161,6 +162,7 @@ class PackedRing(Ring):
     def suppress_kicks(self) -> None:
         """2.8.10: device event flags 1."""
         self._device[1] = spec.EVENT_FLAGS_DISABLE
+        self._wrote()
 
     def enable_kicks(self) -> bool:
         """2.8.10: device event flags 0, or 2 with the next position; then look again."""
@@ -170,6 +172,7 @@ class PackedRing(Ring):
             self._device[1] = spec.EVENT_FLAGS_DESC
         else:
             self._device[1] = spec.EVENT_FLAGS_ENABLE
+        self._wrote()
         fence()  # event suppression before descriptor flags: pairs with the driver's barrier of 2.8.21.3.1
         return self._is_available(self.available)
 

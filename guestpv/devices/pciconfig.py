@@ -87,6 +87,17 @@ class ConfigSpace:
             at = pci.PCI_CONFIG_BAR0 + 4 * index
             self.put(at, 8, BAR_64, (1 << 64) - size)
 
+    def identify(self, vendor: int | None, device: int | None, revision: int | None) -> None:
+        """Show these ids instead of the ordinary ones; a transitional one has its type in subsystem."""
+        if vendor is not None:
+            self.put(pci.PCI_CONFIG_VENDOR, 2, vendor)
+        if device is not None:
+            kind = self.get(pci.PCI_CONFIG_DEVICE, 2) - pci.MODERN_DEVICE_BASE
+            self.put(pci.PCI_CONFIG_DEVICE, 2, device)
+            self.put(pci.PCI_CONFIG_SUBSYSTEM, 2, kind if device < pci.MODERN_DEVICE_BASE else device)
+        if revision is not None:
+            self.put(pci.PCI_CONFIG_REVISION, 1, revision)
+
     def put(self, offset: int, width: int, value: int, mask: int = 0) -> None:
         """Set a field and which of its bits the driver may write."""
         self.data[offset : offset + width] = value.to_bytes(width, "little")

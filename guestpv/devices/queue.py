@@ -95,6 +95,7 @@ class DeviceQueue:
         kind: Callable[..., Ring] = PackedRing if packed else SplitRing
         self.ring = kind(self.size, features, self.owner.memory, areas)
         self.enabled = True
+        self.owner.journal.record(Event("enable", "queue", value=self.size, queue=self.index))
 
     @property
     def _live(self) -> bool:

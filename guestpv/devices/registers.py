@@ -126,6 +126,8 @@ class VirtioRegisters:
         if not field.exists(self.device.visible_features):
             rule = "DRV-PCI-61" if field.name == "queue_reset" else ""
             self.device.find(rule, f"{verb} of {field.name}, whose feature is not negotiated", where)
+            if rule and verb == "write":
+                self.device.find("DRV-VQRESET-04", "queue reset without RING_RESET", where)
             return None
         return field
 

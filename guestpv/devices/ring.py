@@ -100,6 +100,10 @@ def cut(pieces: list[memoryview], offset: int, size: int) -> Iterator[memoryview
             yield part
 
 
+Areas = tuple[memoryview, memoryview, memoryview]
+"""Descriptor, driver and device area."""
+
+
 class Used(NamedTuple):
     """A used element to be written: it returns ``chains``, named by the last of them."""
 
@@ -114,18 +118,25 @@ class Ring:
         size: queue size.
         features: negotiated features, a bit mask.
         memory: where bus addresses lead.
+        areas: memory of the descriptor, driver and device area.
 
     Attributes:
         batch: with IN_ORDER, whether one used element may stand for several chains that were used
             completely.
         max_chain: longest chain accepted, in descriptors.
+        areas: memory of the descriptor, driver and device area.
+        strict: keep in ``shown`` what the device last left in its own area.
+        shown: the bytes of ``own``, while ``strict``.
     """
 
     requirement_order = ""
 
-    def __init__(self, size: int, features: int, memory: BusMemory) -> None:
+    def __init__(self, size: int, features: int, memory: BusMemory, areas: Areas) -> None:
         self.size = size
         self.memory = memory
+        self.areas = areas
+        self.strict = False
+        self.shown = b""
         self.event_idx = bool(features >> ft.F_EVENT_IDX & 1)
         self.indirect = bool(features >> ft.F_INDIRECT_DESC & 1)
         self.in_order = bool(features >> ft.F_IN_ORDER & 1)
@@ -204,6 +215,20 @@ class Ring:
             DriverFault: they do not agree.
         """
         raise NotImplementedError
+
+    @property
+    def own(self) -> bytes:
+        """What lies in the device area, that only the device may write while the queue is enabled."""
+        return bytes(self.areas[2])
+
+    def _wrote(self) -> None:
+        if self.strict:
+            self.shown = self.own
+
+    def descriptors(self, chain: Chain) -> bytes:
+        """The ring descriptors of an outstanding chain as they stand now."""
+        table = self.areas[0]
+        return b"".join(table[16 * slot : 16 * slot + 16] for slot in chain.slots)
 
     def _took(self, chain: Chain) -> Chain:
         self.outstanding[chain.id] = chain

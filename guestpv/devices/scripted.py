@@ -86,11 +86,16 @@ class ScriptedDriver:
             if self.read("device_status") == 0:
                 break
 
-    def negotiate(self, features: int) -> bool:
-        """Steps 1 to 6 of 3.1.1; whether FEATURES_OK stayed."""
+    def begin(self) -> None:
+        """Steps 1 to 3 of 3.1.1: reset, ACKNOWLEDGE, DRIVER."""
         self.reset()
         self.write("device_status", Status.ACKNOWLEDGE)
         self.write("device_status", Status.ACKNOWLEDGE | Status.DRIVER)
+
+    def negotiate(self, features: int) -> bool:
+        """Steps 1 to 6 of 3.1.1; whether FEATURES_OK stayed."""
+        self.begin()
+        self.offered()
         for word in range(4):
             self.write("driver_feature_select", word)
             self.write("driver_feature", features >> 32 * word & 0xFFFFFFFF)

@@ -7,7 +7,7 @@ import struct
 from ..spec import ring as spec
 from .dma import BusMemory
 from .evidence import DriverFault
-from .ring import Chain, Element, Ring, Used, fence
+from .ring import Areas, Chain, Element, Ring, Used, fence
 
 _DESC = struct.Struct("<QIHH")
 FLAGS, INDEX, RING = 0, 1, 2
@@ -32,9 +32,9 @@ class SplitRing(Ring):
         size: int,
         features: int,
         memory: BusMemory,
-        areas: tuple[memoryview, memoryview, memoryview],
+        areas: Areas,
     ) -> None:
-        super().__init__(size, features, memory)
+        super().__init__(size, features, memory, areas)
         desc, avail, used = areas
         self._desc = desc
         self._avail = avail[: 6 + 2 * size].cast("H")
@@ -151,6 +151,7 @@ class SplitRing(Ring):
                     self._claimed[index] = 0
         fence()  # elements before idx: pairs with the driver's read of idx before the elements (2.7.8.2)
         self._used[INDEX] = self.used & 0xFFFF
+        self._wrote()
         fence()  # idx before the suppression word: pairs with the driver's re-check after enabling (2.7.14)
         return self._wants_interrupt(old)
 
@@ -169,6 +170,7 @@ class SplitRing(Ring):
         """2.7.10: flags 1; with EVENT_IDX the old avail_event stays behind, which asks for nothing."""
         if not self.event_idx:
             self._used[FLAGS] = spec.USED_F_NO_NOTIFY
+            self._wrote()
 
     def enable_kicks(self) -> bool:
         """2.7.10: flags 0, or avail_event at the next entry; then look again."""
@@ -176,6 +178,7 @@ class SplitRing(Ring):
             self._used[self._avail_event] = self.popped & 0xFFFF
         elif self._used[FLAGS]:
             self._used[FLAGS] = 0
+        self._wrote()
         fence()  # suppression word before idx: pairs with the driver's barrier of 2.7.13.4.1
         return self._pending() > 0
 

@@ -90,11 +90,11 @@ def test_driver_features_read_back(rng: Bench) -> None:
     [
         (0, 1 << ft.F_RING_PACKED, "DRV-FEAT-01"),
         (1 << net.F_GUEST_TSO4, 1 << net.F_GUEST_TSO4, "DRV-FEAT-02"),
-        (1 << 44, 1 << 44, "DRV-FEAT-08"),
+        (1 << 44, 1 << 44, "DRV-FEAT-09"),
         (1 << 4, 1 << 4, "DRV-FEAT-11"),
     ],
 )
-@pytest.mark.requirement("DEV-FEAT-03", "DRV-FEAT-01", "DRV-FEAT-02", "DRV-FEAT-08", "DRV-FEAT-11")
+@pytest.mark.requirement("DEV-FEAT-03", "DRV-FEAT-01", "DRV-FEAT-02", "DRV-FEAT-09", "DRV-FEAT-11")
 def test_bad_feature_sets_are_refused(nic: Bench, offered: int, accepted: int, rule: str) -> None:
     nic.device.offered |= offered
     assert not nic.driver.negotiate(V1 | accepted)
@@ -318,7 +318,7 @@ def test_queue_reset_mistakes(rng: Bench) -> None:
     assert rng.rules == ["DRV-PCI-28"]
     rng.driver.start(V1, {0: 8})
     rng.driver.write("queue_reset", 1)
-    assert rng.rules[1:] == ["DRV-PCI-61"]
+    assert rng.rules[1:] == ["DRV-PCI-61", "DRV-VQRESET-04"]
 
 
 # Widths

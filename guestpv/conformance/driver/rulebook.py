@@ -1,0 +1,16 @@
+"""All the rules: importing this registers them. And why some requirements have none."""
+
+from typing import Final
+
+from . import rules_common
+
+__all__ = ["REASONS", "rules_common"]
+
+REASONS: Final = {
+    "DRV-FEAT-06": "every feature that the standard has can be carried over PCI",
+    "DRV-FEAT-10": "every feature that the standard has can be carried over PCI",
+    "DRV-FEAT-25": "the strict device has no virtual functions",
+    "DRV-FEAT-28": "the sum of the rows about each of these features",
+    "DRV-CONF-07": "the strict device has no legacy interface",
+}
+"""Requirement -> why no rule looks at it."""
