@@ -48,27 +48,43 @@ class Requests:
     def __init__(self, pool: DmaPool, count: int, answer_limit: float) -> None:
         self._slots = [pool.allocate(REQUEST_PAGES * spec.PAGE_NUMBER.itemsize) for _ in range(count)]
         self._idle = list(self._slots)
+        self._filling: DmaBuffer | None = None
+        self._filled = 0
         self._answer_limit = answer_limit
         self.sent = 0
 
     def send(self, queue: Virtqueue, numbers: Numbers) -> None:
-        """Tell the device page numbers; waits for an older request only when all slots are taken."""
-        for start in range(0, len(numbers), REQUEST_PAGES):
-            while not self._idle:
-                self._reap(queue)
-            slot = self._idle.pop()
-            data = numbers[start : start + REQUEST_PAGES].astype(spec.PAGE_NUMBER).view(np.uint8)
-            slot.write(data)
-            queue.add(readable=[slot[: data.nbytes]], cookie=slot)
+        """Tell the device page numbers: when a request is full, the rest with ``finish``.
+
+        Waits for an older request only when all slots are taken.
+        """
+        while len(numbers):
+            if self._filling is None:
+                while not self._idle:
+                    self._reap(queue)
+                self._filling, self._filled = self._idle.pop(), 0
+            part = numbers[: REQUEST_PAGES - self._filled]
+            end = self._filled + len(part)
+            self._filling.array.view(spec.PAGE_NUMBER)[self._filled : end] = part
+            self._filled = end
+            numbers = numbers[len(part) :]
+            if self._filled == REQUEST_PAGES:
+                self._flush(queue)
+
+    def _flush(self, queue: Virtqueue) -> None:
+        slot, self._filling = self._filling, None
+        if slot is not None:
+            queue.add(readable=[slot[: self._filled * spec.PAGE_NUMBER.itemsize]], cookie=slot)
             queue.publish()
             self.sent += 1
 
     def finish(self, queue: Virtqueue) -> None:
-        """Wait until the device acknowledged everything.
+        """Send what is left and wait until the device acknowledged everything.
 
         Raises:
             TimeLimit: it did not.
         """
+        self._flush(queue)
         while len(self._idle) < len(self._slots):
             self._reap(queue)
 
@@ -127,6 +143,7 @@ class Balloon:
         self._answer_limit = answer_limit
         self._poison = poison
         self._chunks: list[Chunk] = []
+        self._pages = 0
         self._stuck: BaseException | None = None
         self._closed = False
         self.inflated = self.deflated = self.reported = self.hinted = self.answered = 0
@@ -165,7 +182,7 @@ class Balloon:
     @property
     def pages(self) -> int:
         """Pages in the balloon, of 4096 bytes."""
-        return sum(chunk.inside for chunk in self._chunks)
+        return self._pages
 
     @property
     def free_pages(self) -> int:
@@ -238,6 +255,7 @@ class Balloon:
                     shortage = error
                     continue
                 count = min(left, chunk.free)
+                self._pages += count
                 self._requests.send(self._inflateq, chunk.enter(count))
                 left -= count
             self._requests.finish(self._inflateq)
@@ -271,6 +289,7 @@ class Balloon:
             self._requests.finish(self._deflateq)
         for chunk, count in leaving:
             chunk.inside -= count
+            self._pages -= count
             if self.transport.has(spec.F_PAGE_POISON):
                 self._fill(chunk.pages(chunk.inside, chunk.inside + count))
         leaving.clear()
@@ -297,7 +316,8 @@ class Balloon:
         while self._chunks and not self._chunks[-1].inside and not self._chunks[-1].lent:
             chunk = self._chunks.pop()
             # Hinted pages may change until DONE unless they are written to (DRV-BALLOON-32).
-            chunk.pages(chunk.hinted, len(chunk.numbers)).array[:] = 0
+            if chunk.hinted < len(chunk.numbers):
+                chunk.pages(chunk.hinted, len(chunk.numbers)).array[:] = 0
             self._source.give_back(chunk)
 
     def _fill(self, pages: DmaBuffer) -> None:

@@ -19,6 +19,7 @@ from ..system import PAGE_SIZE, SYSTEM, System
 
 HUGE_BYTES = 2 << 20
 HUGE_PAGES = HUGE_BYTES >> PAGE_SHIFT
+IN_ORDER = np.arange(HUGE_PAGES, dtype=np.uint32)
 
 Numbers = NDArray[np.uint32]
 
@@ -43,7 +44,8 @@ class Chunk:
         self.buffer = DmaBuffer(region.array, region.segments, region.pointer, None)
         self.numbers = numbers
         pieces = numbers[: len(numbers) // HUGE_PAGES * HUGE_PAGES].reshape(-1, HUGE_PAGES)
-        whole = (pieces[:, 0] % HUGE_PAGES == 0) & (np.diff(pieces, axis=1) == 1).all(axis=1)
+        first = pieces[:, :1]
+        whole = (first[:, 0] % HUGE_PAGES == 0) & (pieces - first == IN_ORDER).all(axis=1)
         self.huge = int(whole.sum()) * HUGE_BYTES
         self.inside = 0
         self.reported = self.hinted = len(numbers)
@@ -140,10 +142,10 @@ class PageSource:
 
     def _frames(self, region: DmaRegion) -> NDArray[np.uint64]:
         """Page numbers by the kernel; one of its pages may be several of 4096 bytes."""
-        frames = np.array(
-            self._system.page_frames(region.pointer, region.array.nbytes // PAGE_SIZE), dtype=np.uint64
-        )
+        frames = self._system.page_frames(region.pointer, region.array.nbytes // PAGE_SIZE)
         ratio = PAGE_SIZE // PAGE_BYTES
+        if ratio == 1:
+            return frames
         numbers: NDArray[np.uint64] = (
             frames[:, None] * np.uint64(ratio) + np.arange(ratio, dtype=np.uint64) * (frames[:, None] > 0)
         ).ravel()
