@@ -24,7 +24,7 @@ from guestpv.spec.status import Status
 from guestpv.transport.pci import PciTransport
 
 EXECUTABLE = os.environ.get("GUESTPV_QEMU", DEFAULT_EXECUTABLE)
-CASE_LIMIT = 180
+CASE_LIMIT = 900
 """Seconds a case may take; most take a tenth of one, the first with peers downloads them."""
 
 
@@ -146,7 +146,7 @@ class Wire:
         theirs, ours = directory / "device", directory / "wire"
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         self._socket.bind(str(ours))
-        self._socket.settimeout(5.0)
+        self._socket.settimeout(60.0)
         self._theirs = str(theirs)
         self.netdev = f"dgram,local.type=unix,local.path={theirs},remote.type=unix,remote.path={ours},id=net"
 
@@ -155,7 +155,7 @@ class Wire:
         self._socket.sendto(frame, self._theirs)
 
     def receive(self) -> bytes:
-        """The next frame from the device, which has to come within five seconds."""
+        """The next frame from the device, which has to come within a minute."""
         return self._socket.recv(1 << 17)
 
     def close(self) -> None:

@@ -22,7 +22,7 @@ DATA = hashlib.sha256(b"guestpv").digest() * (4 << 15)
 """4 MiB."""
 FETCH = f"""
 import hashlib, urllib.request
-with urllib.request.urlopen("http://{PASST_GATEWAY}:{PORT}/data", timeout=30) as answer:
+with urllib.request.urlopen("http://{PASST_GATEWAY}:{PORT}/data", timeout=120) as answer:
     print(hashlib.sha256(answer.read()).hexdigest())
 """
 
@@ -56,7 +56,7 @@ def test_a_download_over_tcp_is_whole(network: Backend, tmp_path: Path, options:
         [*UNSHARE, "bash", "-c", script],
         capture_output=True,
         text=True,
-        timeout=90,
+        timeout=1200,
         env=os.environ
         | {
             "RUNTIME_DIRECTORY": str(tmp_path / "run"),

@@ -37,6 +37,7 @@ class Host:
 
     def __init__(self, transport: PciTransport) -> None:
         assert isinstance(transport.function, QtestFunction)
+        self._transport = transport
         self.qemu = transport.function.machine.qemu
         self.qmp = self.qemu.qmp
 
@@ -46,7 +47,8 @@ class Host:
 
     @property
     def actual(self) -> float:
-        """MiB that the guest has, as QEMU sees it."""
+        """MiB that the guest has, as QEMU sees it once it carried out every write to a register."""
+        self._transport.read_status()
         answer: dict[str, int] = self.qmp.execute("query-balloon")
         return answer["actual"] / (1 << 20)
 

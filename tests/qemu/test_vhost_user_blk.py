@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import json
 import os
@@ -102,7 +103,7 @@ class Requests:
         self.queue.publish()
         used: dict[int, int] = {}
         while len(used) < count:
-            assert self.queue.wait(5)
+            assert self.queue.wait(60)
             for token, length in self.queue.completions():
                 slot = self.queue.cookie(token)
                 assert isinstance(slot, int)
@@ -218,7 +219,7 @@ def test_random_reads(start: Start, connect: Open, tmp_path: Path, depth: int, m
     left = 1000
     queue.publish()
     while blocks:
-        assert queue.wait(5)
+        assert queue.wait(60)
         for token, length in queue.completions():
             slot = queue.cookie(token)
             assert isinstance(slot, int)
@@ -260,21 +261,20 @@ def test_memory_of_a_live_device_may_grow(
     status.array[0] = UNTOUCHED
     queue.add([header], [far[1][0:512], status])
     queue.publish()
-    assert queue.wait(5)
+    assert queue.wait(60)
     assert [length for _, length in queue.completions()] == [513]
     assert status.array[0] == spec.S_OK
 
 
 def test_a_reset_ends_what_was_in_flight(start: Start, connect: Open) -> None:
-    """Requests that take 50 ms: none of them may show up in the rings of the next life."""
-    transport = connect(start(f"{NULL},latency-ns=50000000"))
+    """Requests that take a while: none of them may show up in the rings of the next life."""
+    transport = connect(start(f"{NULL},latency-ns=200000000"))
     for _ in range(3):
         (queue,) = live(transport)
         requests = Requests(transport, queue, 8)
         for slot in range(8):
             requests.add(slot, spec.T_IN, 0, BLOCK)
         queue.publish()
-        assert not queue.pending()
         transport.reset()
     (queue,) = live(transport)
     requests = Requests(transport, queue, 1)
@@ -313,7 +313,7 @@ def test_a_resized_disk_is_a_configuration_change(start: Start, connect: Open, t
     assert fd is not None
     assert select.select([fd], [], [], 0)[0] == []
     Qmp(monitor).execute("block_resize", **{"node-name": "disk", "size": 2 * SIZE})
-    assert select.select([fd], [], [], 5)[0] == [fd]
+    assert select.select([fd], [], [], 60)[0] == [fd]
     assert transport.config(spec.CONFIG)["capacity"] == 2 * SIZE // 512
 
 
@@ -330,10 +330,10 @@ def test_a_field_of_the_configuration_is_written(start: Start, connect: Open) ->
 
 
 def slow(path: Path) -> dict[str, Any]:
-    """A block node that carries out 200 requests a second."""
+    """A block node that carries out 50 requests a second."""
     return {
         "node": f"driver=throttle,throttle-group=slow,file.driver=file,file.filename={path}",
-        "options": ["--object", "throttle-group,id=slow,x-iops-total=200"],
+        "options": ["--object", "throttle-group,id=slow,x-iops-total=50"],
     }
 
 
@@ -379,16 +379,17 @@ def test_requests_survive_the_death_of_the_back_end(start: Start, connect: Open,
             done.append(slot)
 
     while len(done) < 10:
-        assert queue.wait(5)
+        assert queue.wait(60)
         take()
     backend.kill()
     while queue.pending():
         take()
     with pytest.raises(DeviceGone):
-        queue.wait(5)
+        queue.wait(60)
     assert 10 <= len(done) < 64
     with pytest.raises(GuestpvError, match="nobody listens"):
         transport.reconnect(timeout=0.1)
+    backend.command = [word.replace("x-iops-total=50", "x-iops-total=5000") for word in backend.command]
     backend.start()
     again = transport.reconnect()
     slots = [queue.cookie(token) for token in again[0]]
@@ -409,7 +410,7 @@ def test_completions_come_before_a_reconnect(start: Start, connect: Open) -> Non
     requests = Requests(transport, queue, 1)
     requests.add(0, spec.T_IN, 0, BLOCK)
     queue.publish()
-    assert queue.wait(5)
+    assert queue.wait(60)
     backend.kill()
     backend.start()
     with pytest.raises(UsageError, match="queue 0 has completions"):
@@ -484,8 +485,10 @@ def test_a_qmp_monitor_is_no_back_end(start: Start, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("silent", [True, False])
 def test_a_peer_that_says_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, silent: bool) -> None:
-    monkeypatch.setattr("guestpv.transport.vhost_user_session.ANSWER_LIMIT", 0.2)
+    if silent:
+        monkeypatch.setattr("guestpv.transport.vhost_user_session.ANSWER_LIMIT", 0.2)
     path = tmp_path / "silent"
+    gc.collect()
     before = len(os.listdir("/proc/self/fd"))
     with socket.socket(socket.AF_UNIX) as server:
         server.bind(str(path))
@@ -511,6 +514,7 @@ def test_a_feature_that_the_back_end_lacks(start: Start, connect: Open) -> None:
 
 def test_nothing_is_left_open(start: Start, connect: Open) -> None:
     backend = start(NULL)
+    gc.collect()
     before = len(os.listdir("/proc/self/fd"))
     for _ in range(3):
         transport = connect(backend)

@@ -83,24 +83,27 @@ class Host:
         """One UDP datagram, its checksum left out as IPv4 allows."""
         self.send_ip(UDP, struct.pack(">HHHH", port, to_port, 8 + len(data), 0) + data, source, target)
 
-    def packets(self, protocol: int, timeout: float = 5.0) -> Iterator[bytes]:
-        """Payloads of the IPv4 packets that come in; their headers' checksums are right."""
+    def frames(self, timeout: float = 60.0) -> Iterator[bytes]:
+        """What comes in within ``timeout`` seconds."""
         deadline = time.monotonic() + timeout
         while (left := deadline - time.monotonic()) > 0:
-            for frame in self.net.receive_within(left):
-                if struct.unpack_from(">H", frame, 12)[0] != IPV4 or frame[23] != protocol:
-                    continue
-                length = struct.unpack_from(">H", frame, 16)[0]
-                assert checksum(frame[14:34]) == 0
-                yield frame[34 : 14 + length]
-        pytest.fail(f"no IPv4 packet of protocol {protocol} within {timeout:g} s")
+            yield from self.net.receive_within(left)
+        pytest.fail(f"nothing of what was awaited came within {timeout:g} s")
+
+    def packets(self, protocol: int) -> Iterator[bytes]:
+        """Payloads of the IPv4 packets that come in; their headers' checksums are right."""
+        for frame in self.frames():
+            if struct.unpack_from(">H", frame, 12)[0] != IPV4 or frame[23] != protocol:
+                continue
+            length = struct.unpack_from(">H", frame, 16)[0]
+            assert checksum(frame[14:34]) == 0
+            yield frame[34 : 14 + length]
 
     def resolve(self) -> None:
         """ARP for the router."""
         fixed = struct.pack(">HHBBH", 1, IPV4, 6, 4, 1)
         self.send(ARP, fixed + self.net.mac + US + bytes(6) + ROUTER, BROADCAST)
-        frames = self.net.receive_within(5.0)
-        (answer,) = (frame for frame in frames if frame[12:14] == struct.pack(">H", ARP))
+        answer = next(frame for frame in self.frames() if frame[12:14] == struct.pack(">H", ARP))
         assert answer[:6] == self.net.mac
         assert answer[28:32] == ROUTER
         self.router_mac = answer[22:28]
@@ -190,4 +193,4 @@ def test_a_network_that_ends_is_noticed(network: Backend, connect: Opened) -> No
     net = connect(network, "")
     network.kill()
     with pytest.raises(guestpv.errors.DeviceGone):
-        net.wait(5)
+        net.wait(60)

@@ -91,7 +91,7 @@ class Writes:
         """Publish, and take all completions."""
         self.queue.publish()
         while len(self.done) < self.count:
-            assert self.queue.wait(10)
+            assert self.queue.wait(60)
             self.done += [self.queue.cookie(token) for token, _ in self.queue.completions()]
         assert sorted(self.done) == list(range(self.count))  # type: ignore[type-var]
         assert set(self.memory.array[16 :: 2 * BLOCK].tolist()) == {spec.S_OK}
@@ -125,7 +125,7 @@ def test_a_disk_is_resized_under_qemu(serve: Serve, attach: Attach) -> None:
     assert fd is not None
     assert transport.config(spec.CONFIG)["capacity"] == SIZE // 512
     model.resize(2 * SIZE)
-    assert select.select([fd], [], [], 5)[0] == [fd]
+    assert select.select([fd], [], [], 60)[0] == [fd]
     assert transport.config(spec.CONFIG)["capacity"] == 2 * SIZE // 512
 
 
@@ -146,7 +146,7 @@ def test_a_network_card_under_qemu(serve: Serve, attach: Attach, packed: bool) -
     assert net.send(frames) == 40
     came: list[bytes] = []
     while len(came) < 40:
-        more = net.receive_within(5)
+        more = net.receive_within(60)
         assert more
         came += more
     assert came == frames
@@ -171,7 +171,7 @@ def test_qemu_hands_on_what_was_in_flight(
         assert transport.has(F_RING_PACKED) == packed
         writes = Writes(transport, queue, 60)
         queue.publish()
-        backend.wait(5)
+        backend.wait(60)
         seen = [queue.cookie(token) for token, _ in queue.completions()]
         executed = log.read_text().split()
         assert len(seen) < 60
