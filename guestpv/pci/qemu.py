@@ -7,11 +7,9 @@ socket, the machine itself through its monitor (QMP). Nothing needs a privilege 
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import functools
 import logging
-import mmap
 import os
 import re
 import select
@@ -20,27 +18,16 @@ import signal
 import socket
 import struct
 import subprocess
-import threading
 import time
-import weakref
-from collections import deque
-from collections.abc import Coroutine, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
-
-import numpy as np
-from numpy.typing import NDArray
 
 from ..errors import DeviceGone, GuestpvError, Refused, TimeLimit, UsageError
-from ..memory import DmaRegion, Segment
+from .qemu_ram import GuestRam
+from .qmp import Qmp
 
 LOG = logging.getLogger(__name__)
 
-PAGE = 4096
-RAM_FIRST = 1 << 20
-"""Below it lie the holes and the BIOS shadow of a PC."""
-RAM_LIMIT = 2 << 30
-"""The q35 machine puts RAM beyond 2 GiB above 4 GiB, where an offset is no longer an address."""
 BIOS_SIZE = 64 << 10
 BIOS_RESET_VECTOR = 0xFFF0
 BIOS_HALT = bytes((0xFA, 0xF4, 0xEB, 0xFD))
@@ -48,147 +35,8 @@ BIOS_HALT = bytes((0xFA, 0xF4, 0xEB, 0xFD))
 OLDEST = (7, 2)
 """First release whose monitor has x-query-virtio-status; ``-object qtest`` is older."""
 DEFAULT_EXECUTABLE = "qemu-system-x86_64"
-START_LIMIT = 20.0
+START_LIMIT = 60.0
 """Seconds that a QEMU may take to start, on a machine that is busy with other things."""
-
-
-class GuestRam:
-    """The RAM of a QEMU as a DMA space: bus address, guest-physical address and offset are one.
-
-    Args:
-        size: bytes, a multiple of 1 MiB, at most 2 GiB.
-
-    Attributes:
-        fd: the memfd, for QEMU to inherit.
-        array: all of it, 1-D uint8.
-    """
-
-    def __init__(self, size: int) -> None:
-        if size % (1 << 20) or not 2 << 20 <= size <= RAM_LIMIT:
-            raise UsageError(f"guest RAM of {size} bytes: give whole MiB from 2 to {RAM_LIMIT >> 20}")
-        self.size = size
-        self.fd = os.memfd_create("guestpv-ram", os.MFD_CLOEXEC)
-        os.ftruncate(self.fd, size)
-        self._memory = mmap.mmap(self.fd, size)
-        self.array: NDArray[np.uint8] = np.frombuffer(self._memory, dtype=np.uint8)
-        self._free = [(RAM_FIRST, size)]
-        self._returned: deque[tuple[int, int]] = deque()
-
-    def map(self, size: int) -> DmaRegion:
-        """``size`` bytes, rounded up to pages, zeroed and contiguous on the bus.
-
-        Raises:
-            GuestpvError: the guest's RAM is full.
-        """
-        size = -(-size // PAGE) * PAGE
-        while self._returned:
-            start, stop = self._returned.popleft()
-            self._memory.madvise(mmap.MADV_REMOVE, start, stop - start)
-            self._free.append((start, stop))
-        merged: list[tuple[int, int]] = []
-        for start, stop in sorted(self._free):
-            if merged and merged[-1][1] == start:
-                start = merged.pop()[0]
-            merged.append((start, stop))
-        self._free = merged
-        for position, (start, stop) in enumerate(merged):
-            if stop - start >= size:
-                merged[position : position + 1] = [(start + size, stop)] if stop - start > size else []
-                array = np.frombuffer(self._memory, dtype=np.uint8, count=size, offset=start)
-                return DmaRegion(array, (Segment(start, size),), array.ctypes.data)
-        raise GuestpvError(
-            f"the guest's RAM of {self.size >> 20} MiB has no {size} bytes in one piece left",
-            where="qtest",
-            hint="give it more: ?memory=MIB",
-        )
-
-    def unmap(self, region: DmaRegion) -> None:
-        """Let the addresses be used again, once the last view of the region's array is gone."""
-        (segment,) = region.segments
-        place = (segment.address, segment.address + segment.length)
-        weakref.finalize(region.array, self._returned.append, place).atexit = False
-
-    def close(self) -> None:
-        """Close the memfd; the mapping lives on while somebody holds a view of it."""
-        if self.fd >= 0:
-            os.close(self.fd)
-            self.fd = -1
-
-
-class Qmp:
-    """QEMU's monitor, through the ``qemu.qmp`` package, for callers that are not asynchronous."""
-
-    def __init__(self, qemu: Qemu, monitor: socket.socket) -> None:
-        try:
-            from qemu.qmp import QMPClient
-        except ImportError as error:
-            raise UsageError(
-                f"QEMU's monitor needs the Python package qemu.qmp ({error})",
-                where=qemu.name,
-                hint="pip install 'guestpv[qemu]'",
-            ) from error
-        self._qemu = qemu
-        self._client = QMPClient("guestpv")
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, name="guestpv-qmp", daemon=True)
-        self._thread.start()
-        self._run("connect", self._client.connect(monitor), qemu.answer_limit)
-
-    def _run(self, doing: str, work: Coroutine[Any, Any, Any], limit: float) -> Any:
-        from qemu.qmp import ExecuteError, QMPError
-
-        future = asyncio.run_coroutine_threadsafe(work, self._loop)
-        try:
-            return future.result(limit)
-        except TimeoutError:
-            future.cancel()
-            raise self._qemu.stuck(f"QMP {doing}") from None
-        except ExecuteError as error:
-            raise GuestpvError(f"QMP {doing}: {error}", where=self._qemu.name) from error
-        except (QMPError, EOFError, OSError) as error:
-            raise self._qemu.died(f"QMP {doing}") from error
-
-    def execute(self, command: str, arguments: Mapping[str, object] | None = None) -> Any:
-        """Run one command and return what it returned.
-
-        Raises:
-            GuestpvError: QEMU refused it; the message has its own words.
-            TimeLimit: no answer in time; that QEMU was killed.
-            DeviceGone: QEMU is not there any more.
-        """
-        return self._run(
-            command, self._client.execute(command, dict(arguments or {})), self._qemu.answer_limit
-        )
-
-    def wait_event(self, name: str, timeout: float = 5.0) -> dict[str, Any]:
-        """The next event ``name`` of the monitor; other events before it are dropped.
-
-        Raises:
-            TimeLimit: it did not come within ``timeout`` seconds.
-        """
-
-        async def wait() -> dict[str, Any] | None:
-            with contextlib.suppress(asyncio.TimeoutError):
-                async with asyncio.timeout(timeout):
-                    while True:
-                        event = await self._client.events.get()
-                        if event["event"] == name:
-                            return dict(event)
-            return None
-
-        found: dict[str, Any] | None = self._run(f"event {name}", wait(), timeout + self._qemu.answer_limit)
-        if found is None:
-            raise TimeLimit(f"QMP event {name} did not come within {timeout} s", where=self._qemu.name)
-        return found
-
-    def close(self) -> None:
-        """Disconnect and end the thread."""
-        with contextlib.suppress(Exception):
-            asyncio.run_coroutine_threadsafe(self._client.disconnect(), self._loop).result(1.0)
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join(1.0)
-        if not self._thread.is_alive():
-            self._loop.close()
 
 
 @functools.cache
@@ -253,7 +101,7 @@ class Qemu:
         executable: str = DEFAULT_EXECUTABLE,
         memory: int = 256 << 20,
         pass_fds: Sequence[int] = (),
-        answer_limit: float = 5.0,
+        answer_limit: float = 20.0,
     ) -> None:
         self.version = qemu_version(executable)
         self.name = "QEMU " + ".".join(map(str, self.version))
@@ -377,7 +225,7 @@ class Qemu:
     def died(self, doing: str) -> GuestpvError:
         """Why a QEMU closed its socket; returns the error to raise."""
         if self._fate is None:
-            status = self._status(1.0)
+            status = self._status(10.0)
             said = self.words() or "(nothing)"
             if not self._answered and status is not None and status > 0:
                 self._fate = UsageError(

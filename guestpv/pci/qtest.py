@@ -13,7 +13,9 @@ from ..memory import DmaSpace
 from ..spec import pci as spec
 from .capabilities import walk
 from .qemu import DEFAULT_EXECUTABLE
-from .qtest_machine import QtestBar, QtestMachine
+from .qtest_host import QtestBar, QtestHost
+from .qtest_joined import JoinedMachine, JoinedQemu
+from .qtest_machine import QtestMachine
 
 EXPRESS_DEVICE_CAPABILITIES = 4
 EXPRESS_DEVICE_CONTROL = 8
@@ -36,7 +38,7 @@ class QtestFunction:
 
     translated = False
 
-    def __init__(self, machine: QtestMachine, number: int = 0, *, owns_machine: bool = False) -> None:
+    def __init__(self, machine: QtestHost, number: int = 0, *, owns_machine: bool = False) -> None:
         self.machine = machine
         self.name = "qtest:" + machine.devices[number].split(",")[0]
         self.dma: DmaSpace = machine.qemu.ram
@@ -70,7 +72,9 @@ class QtestFunction:
 
     @property
     def msix_vectors(self) -> int:
-        """Size of the MSI-X table, 0 without MSI-X."""
+        """Size of the MSI-X table, 0 without MSI-X or where its messages would not arrive."""
+        if not self.machine.rings_doorbells:
+            return 0
         return (self.config_read(self._msix + MSIX_CONTROL, 2) & 0x7FF) + 1 if self._msix else 0
 
     def enable_msix(self, count: int) -> list[int]:
@@ -193,16 +197,20 @@ class QtestFunction:
 
 
 PARAMETERS = (
-    "blockdev, netdev, object, chardev, machine, accel, qemu, memory, vectors, root_port, answer_limit"
+    "blockdev, netdev, object, chardev, machine, accel, qemu, memory, vectors, root_port, answer_limit; "
+    "and to join a QEMU that runs: join, qmp, memory_path, answer_limit"
 )
 
 
 def open_function(body: str, params: Mapping[str, str]) -> QtestFunction:
     """Start a QEMU for one device: ``qtest:virtio-blk-pci,packed=on?blockdev=driver=null-co,size=1048576``.
 
+    Or join one that runs: ``qtest:b0?join=/run/qtest.sock&qmp=/run/qmp.sock`` for its device of id ``b0``.
+
     Args:
         body: QEMU's ``-device`` string, without ``addr`` and ``bus``: ``virtio-net-pci,packed=on``. On the
-            root bus a virtio device is transitional unless it says ``disable-legacy=on``.
+            root bus a virtio device is transitional unless it says ``disable-legacy=on``. When joining:
+            the device's ``id``, or its PCI address on the root bus, ``00:04.0``.
         params:
             ``blockdev``, ``netdev``, ``object``, ``chardev``: QEMU's option of that name. Without
             ``node-name`` or ``id`` it gets one, and the device is attached to it by its property
@@ -212,13 +220,22 @@ def open_function(body: str, params: Mapping[str, str]) -> QtestFunction:
             ``qemu``: path of qemu-system-x86_64. ``memory``: MiB of guest RAM (256).
             ``vectors``: MSI-X vectors that can be enabled (32). ``root_port=1``: behind a PCI Express root
             port, which gives it function level reset. ``answer_limit``: seconds until a QEMU that does not
-            answer is killed (5).
+            answer is killed (20).
+
+            ``join``: qtest socket of a running QEMU (``-qtest unix:PATH,server=on,wait=off``), ``qmp``: its
+            monitor's (``-qmp unix:PATH,server=on,wait=off``). It is never ended. Its RAM has to be shared
+            (``-object memory-backend-memfd,id=ram,size=1G,share=on -machine q35,memory-backend=ram``), is
+            found by asking QEMU, or named by ``memory_path``, and is used from 1 MiB on, so nothing that
+            matters may run in it. Interrupts are INTx or polled, as MSI-X has nobody to arrive at.
 
     Raises:
         UsageError: a parameter does not exist or has no sense, QEMU is missing, or it refused an option
             (its own words are in the message).
-        Refused: QEMU is older than 7.2, or ``accel=kvm``.
+        Refused: QEMU is older than 7.2, or ``accel=kvm``; the RAM of a joined one is not shared.
+        GuestpvError, TimeLimit: a socket to join is missing, or belongs to something else.
     """
+    if "join" in params:
+        return _join(body, dict(params))
     left = dict(params)
     device = body
     options: list[str] = []
@@ -241,7 +258,7 @@ def open_function(body: str, params: Mapping[str, str]) -> QtestFunction:
     machine, accel = left.pop("machine", "q35"), left.pop("accel", "tcg")
     executable = left.pop("qemu", DEFAULT_EXECUTABLE)
     memory, vectors = _number(left, "memory", 256), _number(left, "vectors", 32)
-    root_port, answer_limit = _number(left, "root_port", 0), _number(left, "answer_limit", 5)
+    root_port, answer_limit = _number(left, "root_port", 0), _number(left, "answer_limit", 20)
     if left:
         raise UsageError(f"qtest: has no parameter {sorted(left)[0]}", hint=f"it has {PARAMETERS}")
     if not device.split(",")[0]:
@@ -261,6 +278,26 @@ def open_function(body: str, params: Mapping[str, str]) -> QtestFunction:
         return QtestFunction(opened, owns_machine=True)
     except BaseException:
         opened.close()
+        raise
+
+
+def _join(device: str, params: dict[str, str]) -> QtestFunction:
+    path, monitor = params.pop("join"), params.pop("qmp", "")
+    memory_path, answer_limit = params.pop("memory_path", ""), _number(params, "answer_limit", 20)
+    if params:
+        raise UsageError(
+            f"qtest: {sorted(params)[0]} has no sense with join", hint="known: qmp, memory_path, answer_limit"
+        )
+    if not monitor or not device:
+        raise UsageError(
+            "qtest: joining needs the device's id and the monitor's socket",
+            hint="such as qtest:b0?join=/run/qtest.sock&qmp=/run/qmp.sock",
+        )
+    qemu = JoinedQemu(path, monitor, memory_path=memory_path, answer_limit=answer_limit)
+    try:
+        return QtestFunction(JoinedMachine(qemu, device), owns_machine=True)
+    except BaseException:
+        qemu.close()
         raise
 
 

@@ -1,4 +1,4 @@
-"""A QEMU without a guest as a PCI host: configuration ports, address space, interrupts as eventfds.
+"""A QEMU without a guest, started here: its devices, its bridges, its interrupts as eventfds.
 
 MSI-X arrives as real eventfds: messages are aimed at the doorbell of an ivshmem device, which has no
 other purpose here. INTx is seen by intercepting the inputs of the I/O APIC.
@@ -12,32 +12,19 @@ import re
 import select
 import socket
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from ..errors import GuestpvError, UsageError
 from ..spec import pci as spec
-from ..wire import qtest as wire
 from .qemu import DEFAULT_EXECUTABLE, Qemu
-from .qtest_session import QtestSession
+from .qtest_host import QtestBar, QtestHost, Window
 
-CONFIG_ADDRESS_PORT = 0xCF8
-CONFIG_DATA_PORT = 0xCFC
-CONFIG_SIZE = 256
-MEMORY_WINDOW = (0xE000_0000, 0xFE00_0000)
-PORT_WINDOW = (0xC000, 0x1_0000)
 BRIDGE_WINDOW = 2 << 20
 
-COMMAND_IO = 1 << 0
 CONFIG_PRIMARY_BUS = 0x18
 CONFIG_MEMORY_BASE = 0x20
 CONFIG_PREFETCH_BASE = 0x24
 PREFETCH_CLOSED = 0x0000_FFF0
-Q35_FIRST_INTERRUPT = 20
-"""Where PIRQE..PIRQH of the q35 machine arrive at the I/O APIC."""
-PIIX_SLOT = 1
-PIIX_ROUTE = 0x60
-PIIX_INTERRUPTS = (10, 11, 10, 11)
-"""Where PIRQA..PIRQD of the pc machine are led; its firmware would have done it."""
 
 IVSHMEM_DOORBELL = 12
 IVSHMEM_US = 1
@@ -46,56 +33,6 @@ IVSHMEM_US = 1
 DEVICE_SLOT = 4
 PORT_SLOT = 12
 DOORBELL_SLOT = 20
-
-
-class _Window:
-    """Hands out naturally aligned addresses, rising."""
-
-    def __init__(self, what: str, first: int, end: int) -> None:
-        self._what = what
-        self._next = first
-        self._end = end
-
-    def take(self, size: int) -> int:
-        address = -(-self._next // size) * size
-        if address + size > self._end:
-            raise GuestpvError(f"no room for {size:#x} bytes of PCI {self._what} space", where="qtest")
-        self._next = address + size
-        return address
-
-
-class QtestBar:
-    """One BAR, every access a qtest command of that width.
-
-    Attributes:
-        size: bytes.
-        pointer: 0, for it is not mapped here.
-        address: where it was placed.
-        port: True for I/O ports, False for memory.
-    """
-
-    pointer = 0
-
-    def __init__(self, session: QtestSession, address: int, size: int, port: bool) -> None:
-        self._session = session
-        self.address = address
-        self.size = size
-        self.port = port
-
-    def _place(self, offset: int, width: int) -> int:
-        if width not in (1, 2, 4) or offset < 0 or offset + width > self.size:
-            raise UsageError(f"{width} bytes at {offset:#x} of a BAR of {self.size:#x} bytes", where="qtest")
-        return self.address + offset
-
-    def read(self, offset: int, width: int) -> int:
-        """One access of ``width`` 1, 2 or 4 bytes; waits for the writes before it."""
-        line = wire.read_port if self.port else wire.read_memory
-        return self._session.ask(line(self._place(offset, width), width)).number
-
-    def write(self, offset: int, width: int, value: int) -> None:
-        """One posted access of ``width`` 1, 2 or 4 bytes."""
-        line = wire.write_port if self.port else wire.write_memory
-        self._session.post(line(self._place(offset, width), width, value))
 
 
 class _Doorbell:
@@ -139,7 +76,7 @@ class _Doorbell:
         # QEMU makes an eventfd blocking when it comes and non-blocking again when it connects it, so poll.
         poll = select.poll()
         poll.register(self.eventfds[last], select.POLLIN)
-        deadline = time.monotonic() + 5.0
+        deadline = time.monotonic() + 20.0
         while time.monotonic() < deadline:
             bar.write(IVSHMEM_DOORBELL, 4, self.message(last))
             bar.read(0, 4)
@@ -160,7 +97,7 @@ class _Doorbell:
         self._client.close()
 
 
-class QtestMachine:
+class QtestMachine(QtestHost):
     """A QEMU without a guest and the PCI functions in it.
 
     Args:
@@ -178,6 +115,8 @@ class QtestMachine:
         UsageError: QEMU refused an option; the message has its own words.
     """
 
+    rings_doorbells = True
+
     def __init__(
         self,
         devices: Sequence[str],
@@ -190,11 +129,9 @@ class QtestMachine:
         executable: str = DEFAULT_EXECUTABLE,
         memory: int = 256 << 20,
         pass_fds: Sequence[int] = (),
-        answer_limit: float = 5.0,
+        answer_limit: float = 20.0,
     ) -> None:
-        self.devices = list(devices)
         self.root_ports = root_ports
-        self.express = not re.match(r"pc(,|$)|pc-i440fx", machine)
         arguments = list(options)
         for number, device in enumerate(devices):
             if re.search(r",(addr|bus)=", device):
@@ -209,7 +146,7 @@ class QtestMachine:
             arguments += ["-device", f"{device},{place}"]
         self._doorbell = _Doorbell(vectors)
         try:
-            self.qemu = Qemu(
+            qemu = Qemu(
                 arguments + self._doorbell.options,
                 machine=machine,
                 accel=accel,
@@ -221,38 +158,18 @@ class QtestMachine:
         except BaseException:
             self._doorbell.close()
             raise
-        self.session = QtestSession(self.qemu)
-        self._memory = _Window("memory", *MEMORY_WINDOW)
-        self._ports = _Window("I/O", *PORT_WINDOW)
-        self._handlers: dict[int, list[Callable[[bool], None]]] = {}
+        super().__init__(qemu, devices, express=not re.match(r"pc(,|$)|pc-i440fx", machine))
         try:
+            self.open_ecam()
             self._doorbell.place(self.place_bars(0, DOORBELL_SLOT)[0])
         except BaseException:
             self.close()
             raise
 
-    def config_read(self, bus: int, slot: int, offset: int, width: int) -> int:
-        """Read 1, 2 or 4 bytes of a function's configuration space, through the ports 0xcf8 and 0xcfc."""
-        lines, port = self._config(bus, slot, offset, width)
-        return self.session.ask(lines + wire.read_port(port, width), 2).number
+    def _root_slot(self, bus: int, slot: int) -> int:
+        return PORT_SLOT + bus - 1 if bus else slot
 
-    def config_write(self, bus: int, slot: int, offset: int, width: int, value: int) -> None:
-        """Write 1, 2 or 4 bytes of a function's configuration space."""
-        lines, port = self._config(bus, slot, offset, width)
-        self.session.ask(lines + wire.write_port(port, width, value), 2)
-
-    @staticmethod
-    def _config(bus: int, slot: int, offset: int, width: int) -> tuple[bytes, int]:
-        if width not in (1, 2, 4) or offset % width or not 0 <= offset < CONFIG_SIZE:
-            raise UsageError(
-                f"{width} bytes at {offset:#x}: configuration space is {CONFIG_SIZE} bytes, "
-                "accessed by 1, 2 or 4 naturally aligned ones",
-                where="qtest",
-            )
-        address = 1 << 31 | bus << 16 | slot << 11 | offset & 0xFC
-        return wire.write_port(CONFIG_ADDRESS_PORT, 4, address), CONFIG_DATA_PORT + offset % 4
-
-    def locate(self, number: int) -> tuple[int, int, _Window | None]:
+    def locate(self, number: int) -> tuple[int, int, Window | None]:
         """Bus and slot of the ``number``-th device, and the window of the bridge before it.
 
         A root port is programmed first, so that the device answers.
@@ -267,61 +184,7 @@ class QtestMachine:
         self.config_write(0, bridge, CONFIG_PREFETCH_BASE, 4, PREFETCH_CLOSED)
         command = spec.COMMAND_MEMORY | spec.COMMAND_BUS_MASTER
         self.config_write(0, bridge, spec.PCI_CONFIG_COMMAND, 2, command)
-        return bus, 0, _Window("memory", base, limit + 1)
-
-    def place_bars(self, bus: int, slot: int, window: _Window | None = None) -> dict[int, QtestBar]:
-        """Size and place the BARs of a function, by index, and let it decode them.
-
-        Raises:
-            GuestpvError: there is no function, or no room.
-        """
-        if self.config_read(bus, slot, spec.PCI_CONFIG_VENDOR, 2) == 0xFFFF:
-            raise GuestpvError(f"there is no PCI function at {bus:02x}:{slot:02x}.0", where="qtest")
-        bars: dict[int, QtestBar] = {}
-        index = 0
-        while index < 6:
-            register = spec.PCI_CONFIG_BAR0 + 4 * index
-            self.config_write(bus, slot, register, 4, 0xFFFF_FFFF)
-            low = self.config_read(bus, slot, register, 4)
-            port = bool(low & 1)
-            wide = not port and low & 6 == 4
-            mask = low & (0xFFFF_FFFC if port else 0xFFFF_FFF0)
-            if wide:
-                self.config_write(bus, slot, register + 4, 4, 0xFFFF_FFFF)
-                mask |= self.config_read(bus, slot, register + 4, 4) << 32
-                self.config_write(bus, slot, register + 4, 4, 0)
-            if mask:
-                size = mask & -mask
-                address = (self._ports if port else window or self._memory).take(size)
-                self.config_write(bus, slot, register, 4, address)
-                bars[index] = QtestBar(self.session, address, size, port)
-            index += 2 if wide else 1
-        decode = COMMAND_IO | spec.COMMAND_MEMORY | spec.COMMAND_INTX_DISABLE
-        self.config_write(bus, slot, spec.PCI_CONFIG_COMMAND, 2, decode)
-        return bars
-
-    def intercept(self, bus: int, slot: int, pin: int, handler: Callable[[bool], None]) -> None:
-        """Call ``handler`` when the legacy interrupt of a function on ``pin`` (0: INTA) rises or falls.
-
-        It is called by whichever thread saw the change.
-        """
-        root_slot = slot if bus == 0 else PORT_SLOT + bus - 1
-        if self.express:
-            line = Q35_FIRST_INTERRUPT + (root_slot + pin) % 4
-        else:
-            line = PIIX_INTERRUPTS[(root_slot + pin - 1) % 4]
-        intercepted = bool(self._handlers)
-        self._handlers.setdefault(line, []).append(handler)
-        if intercepted:
-            return
-        if not self.express:
-            for route, interrupt in enumerate(PIIX_INTERRUPTS):
-                self.config_write(0, PIIX_SLOT, PIIX_ROUTE + route, 1, interrupt)
-        self.session.intercept("ioapic", self._line_changed)
-
-    def _line_changed(self, interrupt: wire.Interrupt) -> None:
-        for handler in self._handlers.get(interrupt.line, ()):
-            handler(interrupt.raised)
+        return bus, 0, Window("memory", base, limit + 1)
 
     def take_vectors(self, count: int) -> list[int]:
         """Reserve doorbell vectors; their numbers.
@@ -352,14 +215,7 @@ class QtestMachine:
 
     def close(self) -> None:
         """End QEMU. Idempotent."""
-        self.session.close()
         try:
-            self.qemu.close()
+            super().close()
         finally:
             self._doorbell.close()
-
-    def __enter__(self) -> QtestMachine:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.close()

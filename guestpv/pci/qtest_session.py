@@ -14,7 +14,7 @@ from collections.abc import Callable
 
 from ..errors import GuestpvError
 from ..wire import qtest as wire
-from .qemu import Qemu
+from .qmp import Emulator
 
 POSTED_LIMIT = 64
 """Posted writes without a look at their answers: few enough for both socket buffers."""
@@ -23,7 +23,7 @@ POSTED_LIMIT = 64
 class QtestSession:
     """The qtest socket of one QEMU: lines out, answers and interrupts in. Any thread may use it."""
 
-    def __init__(self, qemu: Qemu) -> None:
+    def __init__(self, qemu: Emulator) -> None:
         self._qemu = qemu
         self._socket = qemu.qtest
         self.lock = threading.RLock()

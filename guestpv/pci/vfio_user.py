@@ -6,7 +6,6 @@ import contextlib
 import errno
 import mmap
 import os
-import socket
 import threading
 import weakref
 from collections.abc import Mapping, Sequence
@@ -16,10 +15,11 @@ from typing import Any, Final, TypeVar
 import numpy as np
 
 from ..core._core import lib
-from ..errors import AccessDenied, DeviceGone, GuestpvError, TimeLimit, UsageError
+from ..errors import DeviceGone, GuestpvError, TimeLimit, UsageError
 from ..memory import DmaRegion, Segment
 from ..spec import pci as spec
 from ..system import PAGE_SIZE, SYSTEM
+from ..wire import unix
 from ..wire import vfio_user as wire
 from ..wire.vfio_user import Channel, DmaFlag, Exchange, IrqFlag, IrqSetFlag, Message, ProtocolError
 from .capabilities import walk
@@ -30,8 +30,6 @@ DEFAULT_TIMEOUT: Final = 10.0
 MSIX_CONTROL: Final = 2
 MSIX_ENABLE: Final = 1 << 15
 MSIX_FUNCTION_MASK: Final = 1 << 14
-PATH_MAX: Final = 107
-"""Bytes of a socket's path (struct sockaddr_un, without its NUL)."""
 
 _READ: Final[dict[int, Any]] = {1: lib.gpv_read8, 2: lib.gpv_read16, 4: lib.gpv_read32}
 _WRITE: Final[dict[int, Any]] = {1: lib.gpv_write8, 2: lib.gpv_write16, 4: lib.gpv_write32}
@@ -64,7 +62,8 @@ class Session:
         max_fds: descriptors that the server takes in one message.
 
     Raises:
-        UsageError: nobody listens there, or it cannot be a socket's path.
+        UsageError: it cannot be a socket's path.
+        GuestpvError: nobody listens there.
         AccessDenied: no permission.
         ProtocolError: who listens speaks something else.
     """
@@ -73,7 +72,17 @@ class Session:
         self.name = f"vfio-user:{path}"
         self._lock = threading.Lock()
         self._id = 0
-        self._channel: Channel | None = Channel(_connect(path, self.name, timeout), self.name, timeout)
+        self._channel: Channel | None = Channel(
+            unix.connect(
+                path,
+                self.name,
+                timeout,
+                server="the server",
+                start=f"guestpv serve vfio-user:{path} --device rng",
+            ),
+            self.name,
+            timeout,
+        )
         try:
             version = self._greet()
         except BaseException:
@@ -166,26 +175,6 @@ class Session:
         """End the connection. Idempotent."""
         with self._lock:
             self._hang_up()
-
-
-def _connect(path: str, name: str, timeout: float) -> socket.socket:
-    if not path or len(os.fsencode(path)) > PATH_MAX:
-        raise UsageError(
-            f"a socket's path has 1 to {PATH_MAX} bytes, this one {len(os.fsencode(path))}", where=name
-        )
-    sock = socket.socket(socket.AF_UNIX)
-    sock.settimeout(timeout)
-    try:
-        sock.connect(path)
-    except OSError as error:
-        sock.close()
-        reason = f"cannot connect: {error.strerror or error}"
-        if isinstance(error, PermissionError):
-            raise AccessDenied(reason, where=name, hint=f"ls -l {path}") from None
-        raise UsageError(
-            reason, where=name, hint=f"start a server first: guestpv serve vfio-user:{path} --device rng"
-        ) from None
-    return sock
 
 
 def _limit(version: wire.Version, key: str, default: int) -> int:
@@ -327,9 +316,8 @@ class VfioUserFunction:
         session: the connection to the server.
 
     Raises:
-        UsageError: nobody listens there.
         ProtocolError: who listens does not speak vfio-user.
-        GuestpvError: what it serves is no PCI device.
+        GuestpvError: nobody listens there, or what it serves is no PCI device.
     """
 
     translated = False
@@ -512,7 +500,8 @@ def open_function(body: str, params: Mapping[str, str]) -> VfioUserFunction:
         params: ``timeout``: seconds that the server has for each answer (10).
 
     Raises:
-        UsageError: a parameter does not exist or has no sense, or nobody listens there.
+        UsageError: a parameter does not exist or has no sense.
+        GuestpvError: nobody listens there.
     """
     left = dict(params)
     text = left.pop("timeout", str(DEFAULT_TIMEOUT))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import select
 import socket
@@ -10,8 +9,9 @@ import threading
 from collections.abc import Callable
 from typing import Final, TypeVar
 
-from ..errors import AccessDenied, DeviceGone, GuestpvError, TimeLimit, UsageError
+from ..errors import DeviceGone, GuestpvError, TimeLimit
 from ..system import SYSTEM, System
+from ..wire import unix
 from ..wire import vhost_user as wire
 from ..wire.vhost_user import U64, AnyPayload, BackendRequest, Channel, Message, ProtocolError, Request
 from ..wire.vhost_user import ProtocolFeature as PF
@@ -73,7 +73,9 @@ class Session:
         self._on_config = on_config
         self._on_death = on_death
         self._lock = threading.Lock()
-        self._channel = Channel(_connect(path), self.name, ANSWER_LIMIT)
+        self._channel = Channel(
+            unix.connect(path, self.name, ANSWER_LIMIT, server="the back end"), self.name, ANSWER_LIMIT
+        )
         self._backend_channel: Channel | None = None
         self._stop = system.eventfd()
         self._thread: threading.Thread | None = None
@@ -242,35 +244,3 @@ class Session:
         if self._backend_channel:
             self._backend_channel.close()
         self.death = self.death or "the connection is closed"
-
-
-def _connect(path: str) -> socket.socket:
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    sock.settimeout(ANSWER_LIMIT)
-    try:
-        sock.connect(path)
-    except OSError as error:
-        sock.close()
-        where = f"vhost-user {path}"
-        if error.errno == errno.ENOENT:
-            raise GuestpvError(
-                "there is no such socket", where=where, hint="start the back end first, or mend the path"
-            ) from None
-        if error.errno == errno.ECONNREFUSED:
-            raise GuestpvError(
-                "nobody listens on it (ECONNREFUSED)",
-                where=where,
-                hint="the back end has ended and left its socket behind: start it again",
-            ) from None
-        if error.errno in (errno.EACCES, errno.EPERM):
-            raise AccessDenied(
-                f"no permission to connect ({errno.errorcode[error.errno]})",
-                where=where,
-                hint=f"connecting needs write permission on the socket: ls -l {path}",
-            ) from None
-        if error.errno == errno.EPROTOTYPE:
-            raise GuestpvError("it is not a stream socket, so no vhost-user back end", where=where) from None
-        if error.errno is None:
-            raise UsageError(str(error), where=where, hint="a socket's path has at most 107 bytes") from None
-        raise GuestpvError(f"connect: {error.strerror or error}", where=where) from None
-    return sock

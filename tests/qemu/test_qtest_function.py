@@ -16,16 +16,18 @@ from guestpv.pci.qtest_machine import QtestMachine
 from guestpv.spec import pci as spec
 from guestpv.spec.features import F_VERSION_1
 from guestpv.spec.status import Status
+from guestpv.wire import qtest as wire
 
 Launch = Callable[..., QtestMachine]
 Open = Callable[..., QtestFunction]
 
 NET = "virtio-net-pci,id=net,disable-legacy=on"
 NET_STATUS = 1 << 16
+EXTENDED_AER, EXTENDED_ATS = 0x0001, 0x000F
 MACHINES = ["q35", "pc"]
 
 
-def rings(fd: int, seconds: float = 2.0) -> bool:
+def rings(fd: int, seconds: float = 60.0) -> bool:
     """Whether the eventfd is signalled in time; takes the signal."""
     poll = select.poll()
     poll.register(fd, select.POLLIN)
@@ -137,10 +139,35 @@ def test_accesses_outside_a_bar_are_refused(opened: Open, offset: int, width: in
         bar.write(offset, width, 0)
 
 
-@pytest.mark.parametrize(("offset", "width"), [(256, 4), (1, 2), (2, 4), (-4, 4), (0, 8)])
-def test_bad_configuration_accesses_are_refused(opened: Open, offset: int, width: int) -> None:
+@pytest.mark.parametrize(
+    ("machine", "offset", "width"),
+    [("pc", 256, 4), ("q35", 4096, 4), ("q35", 1, 2), ("pc", 2, 4), ("q35", -4, 4), ("q35", 0, 8)],
+)
+def test_bad_configuration_accesses_are_refused(opened: Open, machine: str, offset: int, width: int) -> None:
     with pytest.raises(UsageError, match="naturally aligned"):
-        opened("virtio-balloon-pci").config_read(offset, width)
+        opened("virtio-balloon-pci", machine=machine).config_read(offset, width)
+
+
+def test_configuration_space_of_express_has_4096_bytes(launch: Launch) -> None:
+    """Through memory (ECAM); its first 256 bytes are those that the ports give."""
+    machine = launch(f"{NET},ats=on,aer=on", root_ports=True)
+    bus, slot, _ = machine.locate(0)
+    extended = set()
+    at = 256
+    while at:
+        head = machine.config_read(bus, slot, at, 4)
+        extended.add(head & 0xFFFF)
+        at = head >> 20
+    assert {EXTENDED_AER, EXTENDED_ATS} <= extended
+    for width in (1, 2, 4):
+        seen = [machine.config_read(bus, slot, offset, width) for offset in range(0, 256, width)]
+        through_ports = []
+        for offset in range(0, 256, width):
+            lines = wire.write_port(0xCF8, 4, 1 << 31 | bus << 16 | slot << 11 | offset & 0xFC)
+            lines += wire.read_port(0xCFC + offset % 4, width)
+            through_ports.append(machine.session.ask(lines, 2).number)
+        assert seen == through_ports
+    assert machine.config_read(bus, slot + 1, 0, 4) == 0xFFFF_FFFF
 
 
 def test_posted_writes_are_carried_out_in_order(opened: Open) -> None:

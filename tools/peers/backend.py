@@ -62,7 +62,7 @@ class Backend:
             raise PeerError(f"{self.command[0]} is not running")
         return self._process.pid
 
-    def start(self, timeout: float = 10.0) -> Self:
+    def start(self, timeout: float = 60.0) -> Self:
         """Start it and wait until it listens.
 
         Raises:
@@ -94,7 +94,7 @@ class Backend:
         self._log.seek(0)
         return self._log.read().decode(errors="replace")
 
-    def stop(self, timeout: float = 10.0) -> None:
+    def stop(self, timeout: float = 60.0) -> None:
         """End it in order (SIGTERM), so that it writes back what it holds."""
         if self._process is not None:
             self._process.terminate()
@@ -160,6 +160,34 @@ def storage_daemon(
     export = "type=vhost-user-blk,id=export,node-name=disk,writable=on"
     command += ["--export", f"{export},num-queues={queues},addr.type=unix,addr.path={socket}"]
     return Backend(command, socket, "qemu-system-common", cpus)
+
+
+def qemu_to_join(
+    socket: Path,
+    monitor: Path,
+    options: Sequence[str],
+    *,
+    machine: str = "q35",
+    memory: str = "memory-backend-memfd",
+    executable: str = "qemu-system-x86_64",
+) -> Backend:
+    """A QEMU as somebody else may have started it, who knows nothing of guestpv. Its processor is halted,
+    unless ``options`` give it firmware by ``-bios``.
+
+    Args:
+        socket, monitor: where its qtest and its monitor listen.
+        options: its devices.
+        memory: type and further properties of the object that is its RAM of 128 MiB.
+    """
+    command = [executable, "-machine", f"{machine},accel=tcg,memory-backend=ram", "-nodefaults"]
+    command += ["-display", "none", "-m", "128M", "-object", f"{memory},id=ram,size=128M"]
+    command += ["-qtest-log", "none", "-qtest", f"unix:{socket},server=on,wait=off"]
+    command += ["-qmp", f"unix:{monitor},server=on,wait=off", *options]
+    if "-bios" not in options:
+        halt = socket.parent / "halt.bin"
+        halt.write_bytes(bytes(0xFFF0) + b"\xfa\xf4\xeb\xfd" + bytes(12))
+        command += ["-bios", str(halt)]
+    return Backend(command, socket, "qemu-system-x86")
 
 
 PASST_GATEWAY = "192.0.2.1"

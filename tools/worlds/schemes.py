@@ -29,7 +29,7 @@ from guestpv.spec.status import Status
 from guestpv.transport.base import Transport
 from guestpv.transport.pci import PciTransport
 from peers import tree
-from peers.backend import dpdk_vhost, storage_daemon
+from peers.backend import dpdk_vhost, qemu_to_join, storage_daemon
 
 from .bodies import BODIES, SMALL_RINGS, Place
 
@@ -425,6 +425,58 @@ class Qtest:
             )
 
 
+@dataclass(frozen=True)
+class Joined:
+    """A device of a QEMU that runs already and knows nothing of us; each opening joins it anew."""
+
+    device: str
+    ring: Ring
+    mode: str
+    machine: str = "q35"
+
+    @property
+    def id(self) -> str:
+        return f"joined-{self.device}-{self.machine}-{self.ring.id}-{self.mode}"
+
+    @contextmanager
+    def place(self, directory: Path) -> Iterator[Place]:
+        disk = empty_disk(directory)
+        device = f"virtio-{self.device}-pci,disable-legacy=on,id=dev"
+        device += ",packed=on" if self.ring.packed else ""
+        options: list[str] = []
+        with ExitStack() as stack:
+            if self.device == "blk":
+                options = ["-blockdev", f"driver=file,filename={disk},aio=threads,node-name=disk"]
+                device += f",num-queues={QUEUES},drive=disk"
+            if self.device == "net":
+                cable = Returner(directory)
+                stack.callback(cable.close)
+                options = ["-netdev", cable.netdev]
+                device += ",netdev=net"
+            qtest, monitor = directory / "qtest.sock", directory / "qmp.sock"
+            backend = qemu_to_join(
+                qtest,
+                monitor,
+                [*options, "-device", device],
+                machine=self.machine,
+                memory="memory-backend-memfd,share=on",
+                executable=os.environ.get("GUESTPV_QEMU", DEFAULT_EXECUTABLE),
+            )
+            stack.enter_context(backend)
+
+            def live(transport: Transport) -> None:
+                self.ring.check(transport)
+                qemus_view(transport)
+
+            yield Place(
+                opener("qtest:dev", self.ring, join=str(qtest), qmp=str(monitor), mode=self.mode),
+                live,
+                stored=disk.read_bytes,
+                queues=QUEUES,
+                small_rings=SMALL_RINGS[self.ring.packed],
+            )
+
+
 QTEST: list[World] = [
     *[Qtest(device, ring, machine) for device in DEVICES for machine in ("q35", "pc") for ring in QEMU_RINGS],
     *[
@@ -434,4 +486,6 @@ QTEST: list[World] = [
         for mode in ("intx", "poll")
     ],
     *[Qtest("blk", Ring(packed), iothread=True) for packed in (False, True)],
+    *[Joined(device, Ring(), "intx") for device in DEVICES],
+    *[Joined(device, Ring(True), "poll", "pc") for device in DEVICES],
 ]
