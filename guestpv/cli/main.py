@@ -26,6 +26,7 @@ VERBS: Final = {
     "blk": ("blk:blk", "Drive a disk as a block device, or directly."),
     "ring-picture": ("ring_picture:ring_picture", "Draw a virtqueue in a state worth explaining."),
     "vectors": ("vectors:vectors", "Test vectors for drivers in other languages."),
+    "conform": ("conform:conform", "Check devices and drivers against the standard."),
     "completion": ("completion:completion", "Print the shell's completion script."),
 }
 """Verb -> where its command is, and its line of help (so that help imports nothing)."""

@@ -5,6 +5,8 @@ The suite itself is loaded only where ``--device`` is given.
 
 from __future__ import annotations
 
+import importlib
+
 import pytest
 
 
@@ -24,6 +26,5 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     """Load the suite."""
     if config.getoption("--device") and not config.pluginmanager.has_plugin("guestpv_conformance_suite"):
-        from . import plugin
-
+        plugin = importlib.import_module("guestpv.conformance.plugin")
         config.pluginmanager.register(plugin, "guestpv_conformance_suite")

@@ -477,19 +477,33 @@ class Transport(ABC):
         """
         if self._closed:
             return
-        self._closed = True
         try:
             self.reset()
         except (TimeLimit, DeviceGone):
+            self.abandon()
+        finally:
+            self._give_back()
+
+    def abandon(self) -> None:
+        """Close without asking the device for a reset: for one that hangs or is gone. Idempotent."""
+        if self._closed:
+            return
+        try:
             # What is gone does no DMA; what hangs is stopped by other means.
             with contextlib.suppress(DeviceGone):
                 self.silence()
             self._forget()
         finally:
-            try:
-                self.pool.close()
-            finally:
-                self.release()
+            self._give_back()
+
+    def _give_back(self) -> None:
+        if self._closed:
+            return
+        self._closed = True
+        try:
+            self.pool.close()
+        finally:
+            self.release()
 
     def __enter__(self) -> Self:
         return self

@@ -1,0 +1,121 @@
+"""``guestpv conform device``: check a device against the standard."""
+
+from __future__ import annotations
+
+import contextlib
+import shlex
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from .report import Report, reporting
+
+if TYPE_CHECKING:
+    from ..conformance.report import Report as Findings
+    from ..conformance.verdict import Outcome
+
+EXAMPLE = """\b
+Examples:
+  guestpv conform device loopback:blk
+  guestpv conform device 'qtest:virtio-balloon-pci,packed=on' --hostile
+  guestpv conform device 0000:01:00.0 --select DEV-PCI --html pci.html
+"""
+
+
+@click.command(epilog=EXAMPLE)
+@click.argument("spec")
+@click.option("--select", default="", metavar="IDS", help="Only these requirements: DEV-SPLIT,DEV-BLK-0*.")
+@click.option(
+    "--hostile", is_flag=True, help="Also malformed rings and requests; can take a hypervisor down."
+)
+@click.option("--case", "cases", multiple=True, metavar="NAME", help="Only this case; may be repeated.")
+@click.option("--shard", default="1/1", metavar="I/N", help="Only the I-th of N parts.")
+@click.option("--jobs", type=click.IntRange(1), default=1, help="Processes, each with a device of its own.")
+@click.option("--junit", type=click.Path(dir_okay=False), metavar="FILE", help="Write JUnit XML.")
+@click.option("--html", type=click.Path(dir_okay=False), metavar="FILE", help="Write a page for a browser.")
+@reporting
+def device(
+    report: Report,
+    spec: str,
+    select: str,
+    hostile: bool,
+    cases: tuple[str, ...],
+    shard: str,
+    jobs: int,
+    junit: str | None,
+    html: str | None,
+) -> None:
+    """Check the device SPEC against VIRTIO 1.4, requirement by requirement.
+
+    The device must be free to be used: it is reset, driven and, with --hostile, given what no driver may
+    give it. A disk is read and written. Exit status 0 means that nothing failed and nothing was wedged.
+    """
+    from ..conformance import catalogue, runner
+    from ..conformance.report import Report as Findings
+    from ..conformance.report import now, versions
+
+    catalogue.patterns(select)
+    found = Findings(
+        "device", spec, [], versions() | look(spec), now(), shlex.join(["guestpv", *sys.argv[1:]])
+    )
+    with progress(report) as tell:
+        found.outcomes = runner.run(
+            spec, select=select, hostile=hostile, shard=shard, cases=cases, jobs=jobs, tell=tell
+        )
+    if junit:
+        from ..conformance.junit import junit as as_junit
+
+        Path(junit).write_text(as_junit(found), encoding="utf-8")
+    if html:
+        from ..conformance.html import html as as_html
+
+        Path(html).write_text(as_html(found), encoding="utf-8")
+    report.done(found.to_dict(), lambda: show(found, report.verbose))
+    if not found.ok:
+        click.get_current_context().exit(1)
+
+
+def look(spec: str) -> dict[str, str]:
+    """Open the device once, so that what keeps it from being opened is said plainly; who made it."""
+    from .. import opener
+    from ..conformance.rig import require_type
+
+    with opener.open(spec) as transport:
+        require_type(transport)
+        machine = getattr(getattr(transport, "function", None), "machine", None)
+        if machine is None:
+            return {}
+        version = machine.qemu.qmp.execute("query-version")
+        return {"qemu": f"{'.'.join(str(part) for part in version['qemu'].values())}{version['package']}"}
+
+
+@contextlib.contextmanager
+def progress(report: Report) -> Iterator[Callable[[Outcome], None]]:
+    """A line that counts, where a person looks on."""
+    if report.as_json or not sys.stderr.isatty():
+        yield lambda outcome: None
+        return
+    from rich.console import Console
+
+    counts: dict[str, int] = {}
+    console = Console(stderr=True, emoji=False)
+    with console.status("opening the device") as status:
+
+        def tell(outcome: Outcome) -> None:
+            counts[outcome.verdict] = counts.get(outcome.verdict, 0) + 1
+            shown = ", ".join(f"{count} {verdict}" for verdict, count in counts.items())
+            status.update(f"{shown}   {outcome.check.partition('::')[2]}")
+
+        yield tell
+
+
+def show(found: Findings, verbose: int) -> None:
+    """For people."""
+    from .tables import console
+
+    out = console()
+    for part in found.text(everything=verbose > 0):
+        out.print(part)

@@ -1,0 +1,1 @@
+"""Checks of a device. ``pytest --pyargs guestpv.conformance.device --device SPEC`` runs them."""

@@ -1,0 +1,96 @@
+"""The device suite, run by a program: pytest inside, outcomes outside."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+from collections.abc import Callable, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Final
+
+from ..errors import GuestpvError, UsageError
+from .verdict import Outcome
+
+CHECKS: Final = Path(__file__).parent / "device"
+"""Where the checks of a device are."""
+
+
+def run(
+    spec: str,
+    *,
+    select: str = "",
+    hostile: bool = False,
+    shard: str = "1/1",
+    cases: Sequence[str] = (),
+    jobs: int = 1,
+    tell: Callable[[Outcome], None] = lambda outcome: None,
+    plugins: Sequence[object] = (),
+) -> list[Outcome]:
+    """Check a device.
+
+    Args:
+        spec: the device.
+        select: requirements, as ``catalogue.patterns`` takes them.
+        hostile: whether to give it malformed rings and requests, too.
+        shard: ``I/N``.
+        cases: names of single cases, as outcomes have them; all of them when none are named.
+        jobs: processes, each with a device of its own: only where the scheme makes devices.
+        tell: called with each outcome as it comes.
+        plugins: more pytest plugins.
+
+    Raises:
+        UsageError: pytest is not installed, or an argument makes no sense.
+        GuestpvError: the suite could not run.
+    """
+    if find_spec("pytest") is None:
+        raise UsageError(
+            "the checks of a device are pytest tests, and pytest is not installed",
+            hint="pip install 'guestpv[conformance]'",
+        )
+    if jobs > 1 and find_spec("xdist") is None:
+        raise UsageError("several jobs need pytest-xdist", hint="pip install pytest-xdist")
+    import pytest
+
+    arguments = [
+        *(str(CHECKS / name) for name in cases),
+        *([] if cases else [str(CHECKS)]),
+        f"--device={spec}",
+        f"--select={select}",
+        f"--shard={shard}",
+        *(["--hostile"] if hostile else []),
+        *([f"--numprocesses={jobs}"] if jobs > 1 else []),
+        f"--config-file={os.devnull}",
+        f"--rootdir={CHECKS}",
+        "--capture=no",
+        "--quiet",
+        *("-p", "no:cacheprovider", "-p", "no:timeout", "-p", "no:guestpv_conformance"),
+        *("-p", "guestpv.conformance.options"),
+    ]
+    collector = _Collector(tell)
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+        status = pytest.main(arguments, plugins=[collector, *plugins])
+    if status == pytest.ExitCode.NO_TESTS_COLLECTED:
+        raise UsageError("no check was selected", hint="guestpv conform device SPEC --select DEV-PCI")
+    if status == pytest.ExitCode.INTERRUPTED:
+        raise KeyboardInterrupt
+    if status not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):
+        last = [line for line in said.getvalue().splitlines() if line.strip()][-20:]
+        raise GuestpvError("the checks could not run: " + "\n".join(last))
+    return collector.outcomes
+
+
+class _Collector:
+    """A pytest plugin that gathers outcomes, also those of other processes."""
+
+    def __init__(self, tell: Callable[[Outcome], None]) -> None:
+        self.outcomes: list[Outcome] = []
+        self._tell = tell
+
+    def pytest_runtest_logreport(self, report: Any) -> None:
+        for name, value in report.user_properties:
+            if name == "guestpv.outcome" and report.when != "teardown":
+                self.outcomes.append(Outcome.from_dict(value))
+                self._tell(self.outcomes[-1])
