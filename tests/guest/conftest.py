@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from guestvm import HostFiles, LabError, Machine, accel, image, machine
+from guestvm import HostFiles, LabError, Machine, accel, image, line, machine
 from guestvm import kernel as kernels
 from guestvm.progress import Progress
 
@@ -48,7 +48,7 @@ def _prepare(series: str) -> None:
         source = kernels.get(series, Progress())
         image.root(source, Progress())
         image.initramfs(source)
-        accel.choose(source, machine.QEMU, Progress())
+        accel.choose(source, line.QEMU, Progress())
     except LabError as error:
         _unavailable[series] = str(error)
 

@@ -5,8 +5,9 @@
 
 from guestvm.errors import GuestDied, GuestTimeout, LabError
 from guestvm.hostfiles import HostFiles
+from guestvm.line import default_lab
 from guestvm.link import Process, Result
-from guestvm.machine import Machine, default_lab
+from guestvm.machine import Machine
 
 __all__ = [
     "GuestDied",

@@ -93,6 +93,9 @@ class Agent:
                 answer, answer_data = {"error": str(error) or repr(error)}, b""
             self.send({"reply": head["id"], **answer}, answer_data)
 
+    def do_ping(self, head, _):
+        """Nothing but the answer."""
+
     def do_spawn(self, head, _):
         ident = head["id"]
         failed_read, failed_write = os.pipe()

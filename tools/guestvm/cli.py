@@ -17,8 +17,9 @@ import click
 from guestvm import image
 from guestvm import kernel as kernels
 from guestvm.errors import GuestTimeout, LabError
+from guestvm.line import IOMMUS, MACHINE
 from guestvm.link import Process
-from guestvm.machine import IOMMUS, MACHINE, Machine
+from guestvm.machine import Machine
 from guestvm.progress import Progress
 
 EXIT_LAB = 125
@@ -94,7 +95,7 @@ def run(
         devices=devices or None,
         trace=traced,
         limit=timeout,
-        boot_limit=timeout,
+        boot_limit=timeout + 60,
         progress=Progress(quiet),
         **options,
     )

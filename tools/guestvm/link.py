@@ -1,5 +1,6 @@
 """The host's end of the agent's port: requests, running commands and their output."""
 
+import contextlib
 import itertools
 import json
 import shlex
@@ -8,7 +9,7 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -71,7 +72,7 @@ class Process:
         """Tell a command on a pseudo-terminal its window's size."""
         self._link.call("resize", child=self._ident, size=[rows, columns])
 
-    def wait(self, timeout: float = 60) -> Result:
+    def wait(self, timeout: float = 180) -> Result:
         """Wait for its end. After `timeout` seconds it is killed and GuestTimeout raised.
 
         If the guest does not even answer the kill, the virtual machine is killed.
@@ -82,7 +83,7 @@ class Process:
         said = f"time limit of {timeout:g} s passed for: {self.name}"
         try:
             self.signal(signals.SIGKILL, group=True)
-            ended = self._link.wait(lambda: self.status is not None, 10)
+            ended = self._link.wait(lambda: self.status is not None, 60)
         except GuestDied:
             raise
         except LabError:
@@ -91,7 +92,7 @@ class Process:
             said += f"; it could not be ended in the guest, so {self._link.kill(said)}"
         raise GuestTimeout(said, self.stdout, self.stderr)
 
-    def wait_for(self, text: str, timeout: float = 30, stream: str = "stdout") -> str:
+    def wait_for(self, text: str, timeout: float = 180, stream: str = "stdout") -> str:
         """Wait until `text` has been printed; the output so far. GuestTimeout if it does not come.
 
         LabError if the process ends without having printed it.
@@ -121,10 +122,11 @@ class Link:
 
     def __init__(self, sock: socket.socket, kill: Callable[[str], str]) -> None:
         self._socket = sock
+        self._incoming = sock
         self.kill = kill
         self._ids = itertools.count(1)
         self._changed = threading.Condition()
-        self._sending = threading.Lock()
+        self._sending = threading.RLock()
         self._replies: dict[int, tuple[dict[str, Any], bytes]] = {}
         self._processes: dict[int, Process] = {}
         self._dead: str | None = None
@@ -132,7 +134,7 @@ class Link:
         threading.Thread(target=self._read, name="guest-link", daemon=True).start()
 
     def call(
-        self, op: str, data: bytes = b"", timeout: float = 30, **fields: Any
+        self, op: str, data: bytes = b"", timeout: float = 120, **fields: Any
     ) -> tuple[dict[str, Any], bytes]:
         """One request and its reply. LabError if the agent refuses, GuestTimeout if it is silent."""
         ident = next(self._ids)
@@ -153,7 +155,7 @@ class Link:
         with self._changed:
             self._processes[ident] = process
         self._send(ident, "spawn", b"", {"argv": argv, **fields})
-        process.pid = self._reply(ident, "spawn", 30)[0]["pid"]
+        process.pid = self._reply(ident, "spawn", 120)[0]["pid"]
         return process
 
     def wait(self, happened: Callable[[], bool], timeout: float) -> bool:
@@ -175,6 +177,18 @@ class Link:
             self._dead = self._dead or reason
             self._changed.notify_all()
 
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Nothing is on its way to the guest, and nobody else sends, until the end of the block."""
+        with self._sending:
+            self.call("ping")
+            yield
+
+    def follow(self, sock: socket.socket) -> None:
+        """Send on another socket, and read there once the present one has ended."""
+        with self._sending:
+            self._socket = sock
+
     def _send(self, ident: int, op: str, data: bytes, fields: dict[str, Any]) -> None:
         head = json.dumps({"id": ident, "op": op, **fields}).encode()
         with self._sending:
@@ -193,17 +207,26 @@ class Link:
         return head, data
 
     def _read(self) -> None:
-        stream = self._socket.makefile("rb")
         try:
             while True:
-                sizes = stream.read(8)
-                if len(sizes) < 8:
-                    return
-                head_size, data_size = struct.unpack(">II", sizes)
-                head = json.loads(stream.read(head_size))
-                self._dispatch(head, stream.read(data_size))
+                head_size, data_size = struct.unpack(">II", self._take(8))
+                head = json.loads(self._take(head_size))
+                self._dispatch(head, self._take(data_size))
         except (OSError, ValueError):
             return
+
+    def _take(self, count: int) -> bytes:
+        """The next bytes from the guest; a message may begin on one socket and end on its successor."""
+        data = bytearray()
+        while len(data) < count:
+            more = self._incoming.recv(count - len(data))
+            if not more:
+                if self._incoming is self._socket:
+                    raise OSError("the agent's socket has ended")
+                self._incoming.close()
+                self._incoming = self._socket
+            data += more
+        return bytes(data)
 
     def _dispatch(self, head: dict[str, Any], data: bytes) -> None:
         event = head.get("event")

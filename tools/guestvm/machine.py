@@ -1,7 +1,6 @@
 """One virtual machine: its QEMU command line, its life and what can be asked of it."""
 
 import contextlib
-import json
 import os
 import re
 import shutil
@@ -14,7 +13,6 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache as remembered
 from pathlib import Path
 from typing import Any
 
@@ -22,51 +20,13 @@ from guestvm import accel as accelerators
 from guestvm import cache, image
 from guestvm import kernel as kernels
 from guestvm.errors import GuestDied, GuestTimeout, LabError
+from guestvm.line import MACHINE, MARK_PORT, QEMU, Line, check_iommu, option_fields
 from guestvm.link import Link, Process, Result
 from guestvm.monitor import Monitor
 from guestvm.progress import Progress
 
-QEMU = "qemu-system-x86_64"
-MACHINE = "q35,kernel-irqchip=split"
-MARK_PORT = 0xE9
-APPEND = (
-    "console=ttyS0 quiet panic=-1 mitigations=off tsc=reliable clocksource=tsc random.trust_cpu=on "
-    "no_timer_check nowatchdog rcupdate.rcu_cpu_stall_suppress=1"
-)
-"""The second line keeps a guest alive whose host is too busy to run it: without KVM the kernel would take
-lost time for a broken timer (and panic while it boots) or for a hung CPU."""
-
-IOMMUS = {
-    "intel": (["-device", "intel-iommu,intremap=on,caching-mode=on"], "intel_iommu=on"),
-    "virtio": (
-        ["-device", "virtio-iommu-pci,bus=pcie.0,addr=0x1"],
-        "vfio_iommu_type1.allow_unsafe_interrupts=1",
-    ),
-    "none": ([], ""),
-}
-ROOT_PORT_SLOTS = range(0x4, 0x1D)
-
 # QEMU's parent-death signal belongs to the thread that started it: this one lives as long as the interpreter.
 _starter = ThreadPoolExecutor(max_workers=1, thread_name_prefix="guest-starter")
-
-
-def default_lab(directory: Path) -> dict[str, list[str]]:
-    """One virtio function of each kind, drivable through VFIO; the scratch disk's file is in `directory`."""
-    scratch = directory / "scratch.img"
-    with scratch.open("wb") as file:
-        file.truncate(64 << 20)
-    # The kernel's balloon driver refuses ACCESS_PLATFORM, so the balloon is unbound until guestpv takes it.
-    modern = "disable-legacy=on,iommu_platform=on,ats=on"
-    return {
-        "netdevs": ["user,id=n0,restrict=on"],
-        "blockdevs": [f"driver=raw,node-name=d0,file.driver=file,file.filename={scratch}"],
-        "devices": [
-            f"virtio-net-pci,id=net0,netdev=n0,{modern}",
-            f"virtio-rng-pci,id=rng0,{modern}",
-            f"virtio-blk-pci,id=blk0,drive=d0,{modern}",
-            f"virtio-balloon-pci,id=balloon0,{modern}",
-        ],
-    }
 
 
 class Machine:
@@ -102,7 +62,7 @@ class Machine:
         append: str = "",
         trace: tuple[Path, Sequence[str]] | None = None,
         limit: float = 900,
-        boot_limit: float = 60,
+        boot_limit: float = 240,
         qemu: str = QEMU,
         prefix: Sequence[str] = (),
         extra: Sequence[str] = (),
@@ -110,17 +70,15 @@ class Machine:
         keep_log: str = "failure",
         progress: Progress | None = None,
     ) -> None:
-        if iommu not in IOMMUS:
-            raise LabError(f"--iommu {iommu} is not known; known: {', '.join(IOMMUS)}")
+        check_iommu(iommu)
         self.kernel, self.iommu, self.accel, self.limit = kernel, iommu, accel, limit
-        self._options = {"netdev": list(netdevs), "blockdev": list(blockdevs), "object": list(objects)}
-        self._devices = devices
+        options = {"netdev": list(netdevs), "blockdev": list(blockdevs), "object": list(objects)}
         self._spare = [f"spare{number}" for number in range(spare_ports)]
         self._plugged: dict[str, str] = {}
-        self._machine, self._memory, self._cpus, self._append = machine, memory, cpus, append
-        self._trace, self._extra, self._pass_fds = trace, list(extra), tuple(pass_fds)
-        self._boot_limit, self._keep_log = boot_limit, keep_log
-        self._qemu, self._prefix = qemu, list(prefix)
+        self._line = Line(
+            qemu, machine, iommu, memory, cpus, append, devices, options, self._spare, trace, extra, prefix
+        )
+        self._pass_fds, self._boot_limit, self._keep_log = tuple(pass_fds), boot_limit, keep_log
         self._progress = progress or Progress(quiet=True)
         self._process: subprocess.Popen[bytes] | None = None
         self._link: Link | None = None
@@ -128,8 +86,9 @@ class Machine:
         self._killed: str | None = None
         self._stopping = False
         self._timer: threading.Timer | None = None
-        self._ports: dict[str, int] = {}
+        self.words: list[str] = []
         self.directory: Path | None = None
+        self.sockets: Path | None = None
         self.log: Path | None = None
         self.boot_seconds = 0.0
 
@@ -153,7 +112,7 @@ class Machine:
     @property
     def qmp_path(self) -> Path:
         """A second QMP socket, free for others."""
-        return self._home / "qmp2.sock"
+        return self.run_directory / "qmp2.sock"
 
     @property
     def _home(self) -> Path:
@@ -161,9 +120,14 @@ class Machine:
             raise LabError("the machine has not been started")
         return self.directory
 
+    @property
+    def run_directory(self) -> Path:
+        """Where the sockets and logs of the QEMU that runs now are."""
+        return self.sockets or self._home
+
     def start(self) -> None:
         """Build what is missing, boot and wait for the agent."""
-        require_qemu(self._qemu)
+        require_qemu(self._line.qemu)
         source = kernels.get(self.kernel, self._progress)
         if self.iommu == "virtio" and not kernels.closure(source, ["virtio_iommu"]):
             raise LabError(
@@ -172,103 +136,31 @@ class Machine:
         root = image.root(source, self._progress)
         initramfs = image.initramfs(source)
         if self.accel == "auto":
-            self.accel = accelerators.choose(source, self._qemu, self._progress)
+            self.accel = accelerators.choose(source, self._line.qemu, self._progress)
         self.directory = Path(tempfile.mkdtemp(prefix="guestpv-"))
         try:
             initrd = self._home / "initrd"
             initrd.write_bytes(initramfs.read_bytes() + image.checkout())
             with self._progress.step(f"booting kernel {source.release} with {self.accel}"):
-                self._boot(self.command(source.image, initrd, root))
+                self.words = self._line.words(self.accel, source.image, initrd, root, self._home)
+                self._boot()
         except BaseException:
             self.stop(failed=True)
             raise
 
-    def command(self, kernel_image: Path, initrd: Path, root: Path) -> list[str]:
-        """The QEMU command line."""
-        run, options, devices = self._home, self._options, self._devices
-        if devices is None:
-            lab = default_lab(run)
-            devices = lab["devices"]
-            options = {
-                **options,
-                **{name: lab[f"{name}s"] + options[name] for name in ("netdev", "blockdev")},
-            }
-        accelerator = "tcg,thread=multi,tb-size=512" if self.accel == "tcg" else self.accel
-        iommu, iommu_append = IOMMUS[self.iommu]
-        append = f"{APPEND} {iommu_append} {self._append}".strip()
-        line = [*self._prefix, self._qemu, "-accel", accelerator, "-machine", self._machine, *iommu]
-        line += ["-cpu", "max", "-m", str(self._memory), "-smp", str(self._cpus)]
-        line += ["-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"]
-        line += ["-kernel", str(kernel_image), "-initrd", str(initrd), "-append", append]
-        line += ["-chardev", f"file,id=serial,path={run / 'serial.log'}", "-serial", "chardev:serial"]
-        for name in ("qmp", "qmp2"):
-            line += ["-chardev", f"socket,id={name},path={run / name}.sock,server=on,wait=off"]
-            line += ["-mon", f"chardev={name},mode=control"]
-        line += ["-blockdev", f"driver=raw,node-name=root,read-only=on,file.driver=file,file.filename={root}"]
-        line += ["-device", "virtio-blk-pci,id=root,drive=root,serial=guestroot,bus=pcie.0,addr=0x2"]
-        line += ["-chardev", f"socket,id=agent,path={run / 'agent.sock'},server=on,wait=off"]
-        line += ["-device", "virtio-serial-pci,id=serial0,bus=pcie.0,addr=0x3"]
-        line += ["-device", "virtserialport,bus=serial0.0,chardev=agent,name=guestpv.agent"]
-        line += ["-chardev", "null,id=marks", "-device", f"isa-debugcon,iobase={MARK_PORT:#x},chardev=marks"]
-        for name, values in options.items():
-            for value in values:
-                line += [f"-{name}", value]
-        slots = iter(ROOT_PORT_SLOTS)
-        for device in devices:
-            port, device = self._placed(device)
-            if port is not None:
-                line += self._root_port(port, next(slots))
-            line += ["-device", device]
-        for port in self._spare:
-            line += self._root_port(port, next(slots))
-        if self._trace is not None:
-            file, events = self._trace
-            line += ["-D", str(file)]
-            for event in events:
-                line += ["-trace", event]
-        return line + self._extra
-
-    def _root_port(self, ident: str, slot: int) -> list[str]:
-        self._ports[ident] = slot
-        return ["-device", f"pcie-root-port,id={ident},bus=pcie.0,addr={slot:#x},chassis={slot},slot={slot}"]
-
-    def _placed(self, device: str) -> tuple[str | None, str]:
-        """The id of the root port that `device` needs (None: it has its place) and the device on it."""
-        if device.startswith("{"):
-            fields = json.loads(device)
-            driver, ident, placed = fields["driver"], fields.get("id"), "bus" in fields
-        else:
-            driver = device.partition(",")[0]
-            keys = _fields(device)
-            ident, placed = keys.get("id"), "bus" in keys
-        if placed or driver not in _pci_devices(self._qemu):
-            return None, device
-        port = f"port-{ident or len(self._ports)}"
-        if device.startswith("{"):
-            return port, json.dumps({**fields, "bus": port})
-        return port, f"{device},bus={port}"
-
-    def _boot(self, command: list[str]) -> None:
+    def _boot(self) -> None:
         started = time.monotonic()
-        with open(self._home / "qemu.log", "wb") as log:
-            # setpriv becomes QEMU: the pid is QEMU's own, and QEMU ends when we do.
-            self._process = _starter.submit(
-                subprocess.Popen,
-                ["setpriv", "--pdeathsig", "KILL", *command],
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                pass_fds=self._pass_fds,
-            ).result()
+        self._process = self.launch(self.words, self._home)
         self.set_limit(self.limit)
-        agent, monitor = self._connect("agent.sock"), self._connect("qmp.sock")
+        agent = self.connect(self._process, self._home, "agent.sock")
+        monitor = self.connect(self._process, self._home, "qmp.sock")
         self._link = Link(agent, self.kill)
-        threading.Thread(target=self._watch, name="guest-watch", daemon=True).start()
+        self._watch(self._process)
         try:
             self._monitor = Monitor(monitor)
         except GuestDied:
             # QEMU's own words, which the watcher has, say more.
-            self._link.wait(lambda: False, 5)
+            self._link.wait(lambda: False, 30)
             raise
         if not self._link.wait(
             lambda: self._link is not None and self._link.ready is not None, self._boot_limit
@@ -285,36 +177,62 @@ class Machine:
             self._timer.daemon = True
             self._timer.start()
 
-    def _connect(self, name: str) -> socket.socket:
-        deadline = time.monotonic() + 20
+    def launch(self, words: Sequence[str], directory: Path) -> "subprocess.Popen[bytes]":
+        """Start a QEMU that says what it has to say to qemu.log in `directory`."""
+        with open(directory / "qemu.log", "wb") as log:
+            # setpriv becomes QEMU: the pid is QEMU's own, and QEMU ends when we do.
+            return _starter.submit(
+                subprocess.Popen,
+                ["setpriv", "--pdeathsig", "KILL", *words],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                pass_fds=self._pass_fds,
+            ).result()
+
+    def connect(self, process: "subprocess.Popen[bytes]", directory: Path, name: str) -> socket.socket:
+        """Connect to a socket of a QEMU that was just started."""
+        deadline = time.monotonic() + 60
         while True:
             sock = socket.socket(socket.AF_UNIX)
             try:
-                sock.connect(str(self._home / name))
+                sock.connect(str(directory / name))
                 return sock
             except OSError:
                 sock.close()
-            assert self._process is not None
-            if self._process.poll() is not None:
-                raise GuestDied(f"QEMU ended with status {self._process.returncode}:\n{self._qemu_said()}")
+            if process.poll() is not None:
+                raise GuestDied(f"QEMU ended with status {process.returncode}:\n{_said(directory)}")
             if time.monotonic() > deadline:
-                raise LabError(self.kill("QEMU did not open its sockets within 20 s"))
+                process.kill()
+                raise LabError("QEMU did not open its sockets within 60 s")
             time.sleep(0.005)
 
-    def _qemu_said(self) -> str:
-        return (self._home / "qemu.log").read_text(errors="replace").strip()
+    def _watch(self, process: "subprocess.Popen[bytes]") -> None:
+        def wait() -> None:
+            status = process.wait()
+            if process is not self._process or self._link is None:
+                return
+            if self._killed is not None:
+                self._link.died(self._killed)
+            elif not self._stopping:
+                said = _said(self.run_directory)
+                self._link.died(
+                    f"the virtual machine ended by itself (QEMU status {status}){': ' + said if said else ''}"
+                )
 
-    def _watch(self) -> None:
-        assert self._process is not None
-        assert self._link is not None
-        status = self._process.wait()
-        if self._killed is not None:
-            self._link.died(self._killed)
-        elif not self._stopping:
-            said = self._qemu_said()
-            self._link.died(
-                f"the virtual machine ended by itself (QEMU status {status}){': ' + said if said else ''}"
-            )
+        threading.Thread(target=wait, name="guest-watch", daemon=True).start()
+
+    def move(self, process: "subprocess.Popen[bytes]", directory: Path, monitor: Monitor) -> None:
+        """From now on the guest lives in another QEMU; the one before is ended."""
+        before, self._process = self._process, process
+        self.sockets = directory
+        assert before is not None
+        assert self._monitor is not None
+        self._monitor.close()
+        self._monitor = monitor
+        self._watch(process)
+        before.kill()
+        before.wait(10)
 
     def kill(self, reason: str) -> str:
         """Kill QEMU by its pid; the sentence that says so. Everything that waits fails with it."""
@@ -337,21 +255,22 @@ class Machine:
                     self._process.wait(5)
             if self._process.poll() is None:
                 self._process.kill()
-            self._process.wait(10)
+            self._process.wait(60)
         if self._monitor is not None:
             self._monitor.close()
         if self.directory is None:
             return
-        serial = self.directory / "serial.log"
+        serial = self.run_directory / "serial.log"
         wanted = self._keep_log == "always" or (self._keep_log == "failure" and (failed or self._killed))
         if wanted and serial.exists():
             self.log = _keep(serial, self.kernel)
             print(f"guest: serial log: {self.log}", file=sys.stderr, flush=True)
         shutil.rmtree(self.directory, ignore_errors=True)
-        self.directory = None
+        self.directory = self.sockets = None
 
     @property
-    def _agent(self) -> Link:
+    def link(self) -> Link:
+        """The connection to the guest's agent."""
         if self._link is None:
             raise LabError("the machine has not been started")
         return self._link
@@ -359,7 +278,7 @@ class Machine:
     def run(
         self,
         command: str | Sequence[str],
-        timeout: float = 60,
+        timeout: float = 180,
         *,
         stdin: bytes = b"",
         env: dict[str, str] | None = None,
@@ -367,7 +286,7 @@ class Machine:
         on_output: Callable[[str, bytes], None] | None = None,
     ) -> Result:
         """Run a command (a string goes through the shell) and wait for its end; see Process.wait."""
-        process = self._agent.spawn(command, on_output, env=env or {}, cwd=cwd)
+        process = self.link.spawn(command, on_output, env=env or {}, cwd=cwd)
         # A command may end without having read its input.
         with contextlib.suppress(LabError):
             process.write(stdin)
@@ -385,26 +304,26 @@ class Machine:
     ) -> Process:
         """Start a command in the background; `pty` (rows, columns) gives it a pseudo-terminal."""
         terminal = {"pty": True, "size": list(pty)} if pty else {}
-        return self._agent.spawn(command, on_output, env=env or {}, cwd=cwd, **terminal)
+        return self.link.spawn(command, on_output, env=env or {}, cwd=cwd, **terminal)
 
     def read_file(self, path: str) -> bytes:
         """A guest file's content."""
-        return self._agent.call("read_file", path=path)[1]
+        return self.link.call("read_file", path=path)[1]
 
     def write_file(self, path: str, data: bytes, mode: int = 0o644) -> None:
         """Write a guest file."""
-        self._agent.call("write_file", data, path=path, mode=mode)
+        self.link.call("write_file", data, path=path, mode=mode)
 
     def mark(self, letter: str) -> None:
         """Write one character to I/O port 0xe9: a phase mark in a trace (guestvm.accesses)."""
-        self._agent.call("mark", letter.encode("ascii"), port=MARK_PORT)
+        self.link.call("mark", letter.encode("ascii"), port=MARK_PORT)
 
     def qmp(self, command: str, /, **arguments: Any) -> Any:
         """A QMP command and its return value; `_` in argument names stands for `-`."""
         arguments = {name.replace("_", "-"): value for name, value in arguments.items()}
         return self._qemu_monitor.command(command, **arguments)
 
-    def wait_event(self, name: str, timeout: float = 30, **data: Any) -> dict[str, Any]:
+    def wait_event(self, name: str, timeout: float = 120, **data: Any) -> dict[str, Any]:
         """The next QMP event `name` whose data contains `data`; GuestTimeout if it does not come."""
         return self._qemu_monitor.event(name, timeout, data)
 
@@ -428,16 +347,16 @@ class Machine:
             said = self.qmp("human-monitor-command", command_line=command)
             if said.strip():
                 raise LabError(f"QEMU refuses {command}: {said.strip()}")
-        ident = _fields(device)["id"]
+        ident = option_fields(device)["id"]
         self._plugged[ident] = free[0]
         appeared = (
-            f"for i in $(seq 300); do ls {self._port_path(ident)}/*:00.0 && exit; sleep 0.02; done; exit 1"
+            f"for i in $(seq 3000); do ls {self._port_path(ident)}/*:00.0 && exit; sleep 0.02; done; exit 1"
         )
         if self.run(appeared).status != 0:
             raise LabError(f"{ident} did not appear in the guest")
         return self.address(ident)
 
-    def unplug(self, ident: str, timeout: float = 30) -> None:
+    def unplug(self, ident: str, timeout: float = 120) -> None:
         """Ask the guest to let the device go (device_del) and wait until QEMU has removed it."""
         self.qmp("device_del", id=ident)
         self.wait_event("DEVICE_DELETED", timeout, device=ident)
@@ -456,9 +375,9 @@ class Machine:
 
     def _port_path(self, ident: str) -> str:
         port = self._plugged.get(ident, f"port-{ident}")
-        if port not in self._ports:
+        if port not in self._line.ports:
             raise LabError(f"{ident} is not a device behind a root port")
-        return f"/sys/bus/pci/devices/0000:00:{self._ports[port]:02x}.0"
+        return f"/sys/bus/pci/devices/0000:00:{self._line.ports[port]:02x}.0"
 
     def address(self, ident: str) -> str:
         """The PCI address in the guest of the device that sits behind a root port with QEMU id `ident`."""
@@ -469,25 +388,14 @@ class Machine:
         return str(found[0])
 
 
-def _fields(device: str) -> dict[str, str]:
-    return dict(re.findall(r",([\w.-]+)=([^,]*)", device))
-
-
 def require_qemu(program: str = QEMU) -> None:
     """LabError with what to install if QEMU is not there."""
     if shutil.which(program) is None:
         raise LabError(f"{program} is not installed; run: apt-get install qemu-system-x86")
 
 
-@remembered
-def _pci_devices(qemu: str) -> frozenset[str]:
-    listing = subprocess.run(
-        [qemu, "-device", "help"], capture_output=True, text=True, timeout=60, check=True
-    ).stdout
-    names: set[str] = set()
-    for name, alias in re.findall(r'^name "([^"]+)", bus PCI(?:, alias "([^"]+)")?', listing, re.MULTILINE):
-        names |= {name, alias} - {""}
-    return frozenset(names)
+def _said(directory: Path) -> str:
+    return (directory / "qemu.log").read_text(errors="replace").strip()
 
 
 def _keep(serial: Path, kernel: str) -> Path:

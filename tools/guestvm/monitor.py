@@ -22,7 +22,7 @@ class Monitor:
         threading.Thread(target=self._read, name="guest-monitor", daemon=True).start()
         self.command("qmp_capabilities")
 
-    def command(self, name: str, timeout: float = 30, /, **arguments: Any) -> Any:
+    def command(self, name: str, timeout: float = 120, /, **arguments: Any) -> Any:
         """Run a command and give what it returns; LabError with QEMU's words if it fails."""
         with self._changed:
             self._count += 1
