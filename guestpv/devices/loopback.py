@@ -5,13 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
+
 from ..errors import UsageError
 from ..spec import features as ft
+from ..spec.blk import SECTOR
 from .function import SoftwareFunction
 from .model import DEFAULT_QUEUE_SIZE, Model
 from .models.balloon import Balloon
 from .models.blk import Blk
 from .models.blk_store import Store
+from .models.blk_volatile import VolatileStore
+from .models.blk_zoned import ZonedBlk
 from .models.net import Net
 from .models.rng import Rng
 from .models.wire import SOCKETS, echo
@@ -97,20 +102,48 @@ def _net(params: Params, depth: int) -> Model:
     return model
 
 
+def _store(params: Params, path: str, read_only: bool) -> Store:
+    size, cache = params.number("size", 0 if path else DEFAULT_DISK), params.text("cache", "none")
+    seed = params.number("seed", 0)
+    if cache == "none":
+        return Store(path, size, read_only)
+    if cache != "volatile":
+        raise UsageError(f"cache is none or volatile, not {cache!r}", where="loopback:blk")
+    if read_only:
+        raise UsageError("a disk with ro=on has no use for cache=volatile", where="loopback:blk")
+    return VolatileStore(size, path, np.random.default_rng(seed))
+
+
 def _blk(params: Params, depth: int) -> Model:
-    path = params.text("file")
     read_only = params.switch("ro", False)
-    store = Store(path, params.number("size", 0 if path else DEFAULT_DISK), read_only)
+    store = _store(params, params.text("file"), read_only)
+    options: dict[str, Any] = {
+        "read_only": read_only,
+        "num_queues": params.number("num_queues", 1),
+        "serial": params.text("serial", "guestpv").encode(),
+        "block_size": params.number("block_size", SECTOR),
+        "seg_max": params.number("seg_max", 0),
+        "size_max": params.number("size_max", 0),
+        "depth": depth,
+    }
     try:
-        return Blk(
+        zone = params.number("zoned", 0)
+        if not zone:
+            return Blk(store, **options)
+        granularity = params.number("granularity", options["block_size"])
+        append = params.number("max_append", zone)
+        for name, value in (("zoned", zone), ("granularity", granularity), ("max_append", append)):
+            if value < 0 or value % SECTOR or (not value and name != "max_append"):
+                raise UsageError(f"{name}={value} is no multiple of {SECTOR} bytes", where="loopback:blk")
+        return ZonedBlk(
             store,
-            read_only=read_only,
-            num_queues=params.number("num_queues", 1),
-            serial=params.text("serial", "guestpv").encode(),
-            block_size=params.number("block_size", 512),
-            seg_max=params.number("seg_max", 0),
-            size_max=params.number("size_max", 0),
-            depth=depth,
+            zone_sectors=zone // SECTOR,
+            conventional=params.number("conventional", 0),
+            max_open=params.number("max_open", 0),
+            max_active=params.number("max_active", 0),
+            max_append=append // SECTOR,
+            granularity=granularity,
+            **options,
         )
     except BaseException:
         store.close()
@@ -159,7 +192,11 @@ def open_function(body: str, params: dict[str, str]) -> SoftwareFunction:
             functions of this process that name the same wire.
 
             ``blk``: ``file`` (else memory), ``size`` (64M), ``ro``, ``num_queues``, ``serial``,
-            ``block_size``, ``seg_max``, ``size_max``.
+            ``block_size``, ``seg_max``, ``size_max``; ``cache``: ``volatile`` keeps what was not flushed in
+            memory, so that the end of the process loses it, in whole or, at random after ``seed``, in part;
+            ``zoned``: bytes of a zone makes it host-managed, all zones empty at first, with
+            ``conventional`` (number of zones at the start), ``max_open``, ``max_active``, ``max_append``
+            (bytes), ``granularity`` (bytes).
 
             ``balloon``: ``target`` in 4096-byte pages.
 

@@ -5,91 +5,106 @@
 
 from __future__ import annotations
 
+import json
 import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+import guestpv
 from guestpv.devices.function import SoftwareFunction
 from guestpv.devices.models.blk import Blk as Model
 from guestpv.devices.models.blk_volatile import VolatileStore
 from guestpv.devices.ring import Chain
 from guestpv.drivers.blk import Blk
+from guestpv.drivers.blk_queue import Outcome, Request
+from guestpv.errors import DeviceGone
 from guestpv.spec import blk as spec
 from guestpv.transport.pci import PciTransport
+from worlds.ledger import Ledger
 
 CUTS = int(os.environ.get("GUESTPV_CUTS", "100"))
+KILLS = max(2, CUTS // 50)
+"""Cuts by killing the process that has the disk; each starts one."""
 SECTORS = 256
-STAMP = np.dtype([("sector", "<u8"), ("version", "<u8"), ("filler", "<u8", (62,))])
-"""A sector tells where it belongs and which write it is from, all over, so that a torn one is seen."""
 
 
-class Rig:
-    """A driver on a forgetful disk, and what the disk may show after a cut."""
+class Writer:
+    """A driver that writes here and there, and keeps the ledger."""
 
-    def __init__(self, seed: int) -> None:
-        self.random = np.random.default_rng(seed)
-        self.store = VolatileStore(SECTORS * 512)
-        self.model = Model(self.store)
-        self.function = SoftwareFunction(self.model, name="loopback:blk")
-        self.disk = Blk(PciTransport(self.function), timeout=60.0)
-        self.safe = np.zeros(SECTORS, np.uint64)
-        self.later: list[set[int]] = [set() for _ in range(SECTORS)]
-        self.last = np.zeros(SECTORS, np.uint64)
-        self.version = 0
-        self.checked = self.in_flight = 0
-        self.buffer = self.disk.allocate(SECTORS * 512)
-
-    def stamped(self, sector: int, count: int) -> Any:
-        self.version += 1
-        data = np.zeros(count, STAMP)
-        data["sector"] = np.arange(sector, sector + count)
-        data["version"] = self.version
-        data["filler"] = self.version * 1000 + data["sector"][:, None]
-        for touched in range(sector, sector + count):
-            self.later[touched].add(self.version)
-        return data.view(np.uint8)
-
-    def place(self) -> tuple[int, int]:
-        count = int(self.random.integers(1, 33))
-        return int(self.random.integers(0, SECTORS - count)), count
+    def __init__(self, disk: Blk, ledger: Ledger) -> None:
+        self.disk, self.ledger, self.random = disk, ledger, ledger.random
+        self.buffer = disk.allocate(SECTORS * 512)
+        self.flushes, self.sent = 0, list[Request]()
+        self.steps = [self.write] * 5 + [self.many, self.flush, self.fua, self.write_through]
 
     def write(self) -> None:
-        sector, count = self.place()
-        self.disk.write(512 * sector, self.stamped(sector, count))
-        self.last[sector : sector + count] = self.version
+        sector, count = self.ledger.place()
+        self.disk.write(512 * sector, self.ledger.stamped(sector, count))
+        self.ledger.acknowledged(sector, count)
 
     def fua(self) -> None:
-        self.write()
-        self.flush()
+        sector, count = self.ledger.place()
+        self.disk.write(512 * sector, self.ledger.stamped(sector, count), fua=True)
+        self.ledger.acknowledged(sector, count)
+        # The flush of a FUA write covers what was done before it, too.
+        self.ledger.flushed()
 
     def many(self) -> None:
         """A burst with up to 32 in flight, to different sectors."""
         sectors = self.random.permutation(SECTORS)[: int(self.random.integers(1, 64))]
-        for row, sector in enumerate(sectors):
-            self.buffer.array[512 * row : 512 * row + 512] = self.stamped(int(sector), 1)
-            self.last[sector] = self.version
+        for row, sector in enumerate(map(int, sectors)):
+            self.buffer.array[512 * row : 512 * row + 512] = self.ledger.stamped(sector, 1)
+            self.ledger.acknowledged(sector, 1)
         self.disk.write_many(sectors * 512, self.buffer, 512, depth=32).check()
 
     def flush(self) -> None:
         self.disk.flush()
-        self.safe[:] = self.last
-        for versions in self.later:
-            versions.clear()
+        self.ledger.flushed()
+        self.flushes += 1
 
     def write_through(self) -> None:
         """The cache is switched off, which flushes it, and every write lasts."""
         self.disk.set_writeback(False)
-        self.flush_is_implied()
+        self.ledger.flushed()
         self.write()
-        self.flush_is_implied()
+        self.ledger.flushed()
         self.disk.set_writeback(True)
 
-    def flush_is_implied(self) -> None:
-        self.safe[:] = self.last
-        for versions in self.later:
-            versions.clear()
+    def live(self) -> None:
+        for _ in range(int(self.random.integers(1, 12))):
+            self.steps[int(self.random.integers(0, len(self.steps)))]()
+
+    def live_on(self) -> None:
+        """Until the disk is gone: anything, and then all sectors at once, with all requests in flight."""
+        while True:
+            self.steps[int(self.random.integers(0, len(self.steps)))]()
+            self.buffer.array[:] = self.ledger.stamped(0, SECTORS)
+            self.sent = []
+            for place in range(0, SECTORS * 512, 4096):
+                self.sent += self.disk.submit(spec.T_OUT, place, [self.buffer[place : place + 4096]])
+            self.disk.queues[0].publish()
+            self.disk.queues[0].wait(self.sent, 60)
+            self.ledger.acknowledged(0, SECTORS)
+
+
+class Rig(Writer):
+    """A driver on a forgetful disk in this process, whose power is cut."""
+
+    def __init__(self, seed: int) -> None:
+        self.store = VolatileStore(SECTORS * 512)
+        self.model = Model(self.store)
+        self.function = SoftwareFunction(self.model, name="loopback:blk")
+        self.in_flight = 0
+        disk = Blk(PciTransport(self.function), timeout=60.0)
+        super().__init__(disk, Ledger(SECTORS, np.random.default_rng(seed)))
 
     def leave_in_flight(self) -> list[Any]:
         """Writes, and perhaps a flush, that the cut overtakes: done or not, nobody is told."""
@@ -106,7 +121,7 @@ class Rig:
         for number in range(int(self.random.integers(0, 6))):
             sector = 40 * number
             part = self.buffer[512 * sector : 512 * (sector + 16)]
-            part.array[:] = self.stamped(sector, 16)
+            part.array[:] = self.ledger.stamped(sector, 16)
             requests += self.disk.submit(spec.T_OUT, 512 * sector, [part])
         if self.random.random() < 0.5:
             requests.append(self.disk.queues[0].submit(spec.T_FLUSH))
@@ -119,35 +134,22 @@ class Rig:
         flying = self.leave_in_flight()
         done = self.store.cut(self.random)
         self.disk.restart()
-        assert all(request.outcome is not None and request.outcome.value == "unknown" for request in flying)
-        found = self.disk.read(0, SECTORS * 512).view(STAMP)
-        for sector in range(SECTORS):
-            version = int(found["version"][sector])
-            allowed = self.later[sector] | {int(self.safe[sector])}
-            assert version in allowed, f"sector {sector} has version {version}, may have {sorted(allowed)}"
-            if version:
-                assert found["sector"][sector] == sector
-                assert (found["filler"][sector] == version * 1000 + sector).all(), f"sector {sector} is torn"
-            self.checked += 1
-            self.later[sector].clear()
-        self.safe[:] = found["version"]
-        self.last[:] = found["version"]
+        assert all(request.outcome is Outcome.UNKNOWN for request in flying)
+        self.ledger.check(self.disk.read(0, SECTORS * 512))
         return done
 
 
 def test_what_was_flushed_is_there_after_every_cut() -> None:
     rig = Rig(seed=7)
-    steps = [rig.write] * 5 + [rig.many, rig.flush, rig.fua, rig.write_through]
     kept = torn = dropped = 0
     for _ in range(CUTS):
-        for _ in range(int(rig.random.integers(1, 12))):
-            steps[int(rig.random.integers(0, len(steps)))]()
+        rig.live()
         cut = rig.cut()
         kept, torn, dropped = kept + cut.kept, torn + cut.torn, dropped + cut.dropped
     print(
         f"\n{CUTS} cuts: {rig.store.writes} writes and {rig.store.flushes} flushes; of the writes no flush "
         f"covered {kept} came through, {torn} in part, {dropped} not; {rig.in_flight} requests were in "
-        f"flight; {rig.checked} sectors checked"
+        f"flight; {rig.ledger.checked} sectors checked"
     )
     assert min(kept, torn, dropped, rig.in_flight) > CUTS // 10
     rig.disk.close()
@@ -166,3 +168,57 @@ def test_a_driver_that_does_not_flush_is_found_out() -> None:
     with pytest.raises(AssertionError, match="has version"):
         live()
     rig.disk.close()
+
+
+@contextmanager
+def served(directory: Path, seed: int) -> Iterator[subprocess.Popen[str]]:
+    """``guestpv serve`` with the forgetful disk; what lasts is in ``disk.img``."""
+    device = f"blk?file=disk.img&cache=volatile&seed={seed}"
+    words = [sys.executable, "-m", "guestpv", "serve", "vfio-user:s", "--device", device, "--json"]
+    (directory / "s").unlink(missing_ok=True)
+    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True, cwd=directory) as process:
+        try:
+            assert process.stdout is not None
+            assert json.loads(process.stdout.readline())["ok"]
+            yield process
+        finally:
+            process.kill()
+
+
+def test_what_was_flushed_is_there_after_the_served_disk_was_killed(tmp_path: Path) -> None:
+    image = tmp_path / "disk.img"
+    image.write_bytes(bytes(SECTORS * 512))
+    ledger = Ledger(SECTORS, np.random.default_rng(9))
+    flushes = in_flight = 0
+    for number in range(KILLS):
+        with served(tmp_path, number) as process, guestpv.open(f"vfio-user:{tmp_path}/s") as transport:
+            writer = Writer(Blk(transport, timeout=60.0), ledger)
+            killer = threading.Timer(float(ledger.random.random()) / 20, process.kill)
+            killer.start()
+            with pytest.raises(DeviceGone):
+                writer.live_on()
+            killer.join()
+            writer.disk.close()
+            assert {request.outcome for request in writer.sent} <= {Outcome.DONE, Outcome.UNKNOWN}
+            in_flight += sum(request.outcome is Outcome.UNKNOWN for request in writer.sent)
+            flushes += writer.flushes
+        ledger.check(np.fromfile(image, np.uint8))
+    print(
+        f"\n{KILLS} processes killed: {ledger.version} writes and {flushes} flushes; {in_flight} requests "
+        f"were in flight; {ledger.checked} sectors checked"
+    )
+
+
+def test_what_was_not_flushed_is_lost_in_part_when_the_process_ends(tmp_path: Path) -> None:
+    image = tmp_path / "disk.img"
+    image.write_bytes(bytes(1 << 20))
+    with guestpv.open(f"loopback:blk?file={image}&cache=volatile") as transport, Blk(transport) as disk:
+        disk.write(0, b"f" * 4096)
+        disk.flush()
+        for place in range(4096, 1 << 20, 4096):
+            disk.write(place, b"w" * 4096)
+        assert disk.read(4096, (1 << 20) - 4096).tobytes() == b"w" * ((1 << 20) - 4096)
+    content = image.read_bytes()
+    assert content[:4096] == b"f" * 4096
+    sectors = {content[place : place + 512] for place in range(4096, 1 << 20, 512)}
+    assert sectors == {b"w" * 512, bytes(512)}

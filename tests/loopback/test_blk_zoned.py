@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+import guestpv
 from guestpv.devices.function import SoftwareFunction
 from guestpv.devices.models.blk_store import Store
 from guestpv.devices.models.blk_zoned import ZonedBlk
@@ -153,3 +154,33 @@ def test_characteristics_that_make_no_sense(make: Make, field: str) -> None:
     zones.disk.restart()
     with pytest.raises(DeviceViolation, match=f"{field} is 0"):
         Zones(zones.disk)
+
+
+def test_a_specification_names_a_zoned_disk() -> None:
+    query = "size=1M&zoned=64K&conventional=1&max_open=2&max_active=3&max_append=8K&granularity=4K"
+    with guestpv.open(f"loopback:blk?{query}") as transport, Blk(transport) as disk:
+        zones = Zones(disk)
+        assert (len(zones), zones.zone_bytes, zones.append_bytes, zones.granularity) == (16, ZONE, 8192, 4096)
+        assert [zone.kind for zone in zones.report(count=2)] == [spec.ZT_CONV, spec.ZT_SWR]
+        assert zones.append(ZONE, b"a" * 8192) == ZONE
+        assert disk.read(ZONE, 8192).tobytes() == b"a" * 8192
+        for number in (1, 2):
+            zones.open(number * ZONE)
+        with pytest.raises(ZoneError):
+            zones.open(3 * ZONE)
+
+
+@pytest.mark.parametrize(
+    ("query", "message"),
+    [
+        ("zoned=1000", "zoned=1000 is no multiple of 512"),
+        ("zoned=64K&granularity=100", "granularity=100 is no multiple of 512"),
+        ("zoned=64K&max_append=77", "max_append=77 is no multiple of 512"),
+        ("cache=big", "cache is none or volatile, not 'big'"),
+        ("cache=volatile&ro=on", "no use for cache=volatile"),
+        ("max_open=2", "unknown parameter max_open"),
+    ],
+)
+def test_what_a_specification_cannot_say(query: str, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        guestpv.open(f"loopback:blk?{query}")

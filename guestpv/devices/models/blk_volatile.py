@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
+from ...errors import UsageError
 from ...spec.blk import SECTOR
 from .blk_store import Store
+
+EVICTED = 0.25
+"""Share of the writes after which something leaves the cache early."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,30 +33,62 @@ class VolatileStore(Store):
     disappear, or tear into some of its sectors, and lets them take effect in any order: what a disk may do
     (5.2.6.2) and most never do in a test. A single sector is never torn.
 
+    With a file only what lasts is in it, so the end of the process, however sudden, is a power cut.
+
     Args:
-        size: bytes.
+        size: bytes; 0 takes the file's.
+        path: a file that holds what lasts; empty gives memory.
+        evict: let some sectors of some writes last before their flush, as a full cache does, at random.
 
     Attributes:
         writes, flushes: how many there were.
+
+    Raises:
+        UsageError: the size is no positive multiple of 512.
     """
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, path: str = "", evict: np.random.Generator | None = None) -> None:
+        if path:
+            with open(path, "r+b") as file:
+                size = size or os.fstat(file.fileno()).st_size
+                file.truncate(size)
+        if not size:
+            raise UsageError(f"0 bytes are no positive multiple of {SECTOR}", where=path)
         super().__init__("", size)
-        self._safe = np.zeros(size, np.uint8)
+        self._path, self._evict = path, evict
+        self._safe = self._lasting()
+        os.pwrite(self._fd, self._safe.data, 0)
         self._unsafe: list[tuple[int, bytes]] = []
         self.writes = self.flushes = 0
+
+    def _lasting(self) -> NDArray[Any]:
+        if not self._path:
+            return np.zeros(self.size, np.uint8)
+        return np.memmap(self._path, np.uint8, "r+", shape=(self.size,))
 
     def write(self, offset: int, pieces: list[memoryview]) -> None:
         """Store ``pieces`` from ``offset`` on, in the cache."""
         super().write(offset, pieces)
-        self._unsafe.append((offset, b"".join(pieces)))
-        self.writes += 1
+        self._remember(offset, b"".join(pieces))
 
     def zero(self, offset: int, length: int) -> None:
         """Make a range read as zeroes, in the cache."""
         super().zero(offset, length)
-        self._unsafe.append((offset, bytes(length)))
+        self._remember(offset, bytes(length))
+
+    def _remember(self, offset: int, data: bytes) -> None:
+        self._unsafe.append((offset, data))
         self.writes += 1
+        if self._evict is not None and self._evict.random() < EVICTED:
+            offset, data = self._unsafe[int(self._evict.integers(len(self._unsafe)))]
+            self._come_through(offset, data, 0.5, self._evict)
+
+    def _come_through(self, offset: int, data: bytes, share: float, random: np.random.Generator) -> None:
+        """Let about this share of the sectors of a write last."""
+        sectors = np.frombuffer(data, np.uint8).reshape(-1, SECTOR)
+        place = self._safe[offset : offset + len(data)].reshape(-1, SECTOR)
+        chosen = random.random(len(sectors)) < share
+        place[chosen] = sectors[chosen]
 
     def flush(self) -> None:
         """Make everything last."""
@@ -61,8 +99,13 @@ class VolatileStore(Store):
 
     def resize(self, size: int) -> None:
         """Grow or shrink to ``size`` bytes; a resize lasts."""
+        before = self._safe
         super().resize(size)
-        self._safe = np.concatenate([self._safe[:size], np.zeros(max(0, size - self._safe.size), np.uint8)])
+        if self._path:
+            os.truncate(self._path, size)
+            self._safe = self._lasting()
+        else:
+            self._safe = np.concatenate([before[:size], np.zeros(max(0, size - before.size), np.uint8)])
         self._unsafe = [(offset, data) for offset, data in self._unsafe if offset + len(data) <= size]
 
     def cut(self, random: np.random.Generator) -> Cut:
@@ -70,11 +113,7 @@ class VolatileStore(Store):
         fates = random.integers(0, 3, len(self._unsafe))
         for number in random.permutation(len(self._unsafe)):
             offset, data = self._unsafe[number]
-            sectors = np.frombuffer(data, np.uint8).reshape(-1, SECTOR)
-            through = {0: 0.0, 1: 1.0, 2: 0.5}[int(fates[number])]
-            place = self._safe[offset : offset + len(data)].reshape(-1, SECTOR)
-            chosen = random.random(len(sectors)) < through
-            place[chosen] = sectors[chosen]
+            self._come_through(offset, data, {0: 0.0, 1: 1.0, 2: 0.5}[int(fates[number])], random)
         for offset, data in self._unsafe:
             os.pwrite(self._fd, self._safe[offset : offset + len(data)].data, offset)
         self._unsafe.clear()
