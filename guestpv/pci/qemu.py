@@ -34,6 +34,8 @@ BIOS_HALT = bytes((0xFA, 0xF4, 0xEB, 0xFD))
 """``cli; hlt; jmp`` back to the ``hlt``."""
 OLDEST = (7, 2)
 """First release whose monitor has x-query-virtio-status; ``-object qtest`` is older."""
+MONITOR_OBJECTS = (11, 1, 0)
+"""First release that warns about ``-mon``."""
 DEFAULT_EXECUTABLE = "qemu-system-x86_64"
 START_LIMIT = 60.0
 """Seconds that a QEMU may take to start, on a machine that is busy with other things."""
@@ -140,7 +142,11 @@ class Qemu:
             *("-chardev", f"socket,id=qtest-socket,fd={qtest_theirs.fileno()}"),
             *("-object", "qtest,id=qtest0,chardev=qtest-socket,log=none"),
             *("-chardev", f"socket,id=qmp-socket,fd={monitor_theirs.fileno()}"),
-            *("-mon", "chardev=qmp-socket,mode=control"),
+            *(
+                ("-object", "monitor-qmp,id=qmp0,chardev=qmp-socket")
+                if self.version >= MONITOR_OBJECTS
+                else ("-mon", "chardev=qmp-socket,mode=control")
+            ),
             *options,
         ]
         inherited = (bios, self.ram.fd, qtest_theirs.fileno(), monitor_theirs.fileno(), *pass_fds)

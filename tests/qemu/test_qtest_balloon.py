@@ -27,6 +27,7 @@ Device = Callable[..., PciTransport]
 MIB = 256
 """Pages."""
 RAM = 128
+UNKNOWN = (1 << 64) - 1
 """MiB of guest RAM."""
 MODERN = "virtio-balloon-pci,disable-legacy=on"
 ALL = f"{MODERN},deflate-on-oom=on,free-page-reporting=on,free-page-hint=on,iothread=thread"
@@ -194,8 +195,8 @@ def test_statistics_arrive_at_the_monitor(device: Device) -> None:
     assert service.balloon.answered >= 3
     assert len({one["last-update"] for one in seen}) >= 2
     stats = seen[-1]["stats"]
-    names = [name.removeprefix("stat-") for name in stats]
-    assert len(names) == 10
+    told = [name for name, value in stats.items() if value not in (-1, UNKNOWN)]
+    assert len(told) >= 10, "the ten that QEMU 7.2 knows; newer ones know more"
     with open("/proc/meminfo", encoding="ascii") as file:
         assert stats["stat-total-memory"] == int(file.readline().split()[1]) << 10
     assert 0 < stats["stat-available-memory"] < stats["stat-total-memory"]
