@@ -25,6 +25,7 @@ VERBS: Final = {
     "serve": ("serve:serve", "Put a device model on a socket for QEMU to attach."),
     "blk": ("blk:blk", "Drive a disk as a block device, or directly."),
     "ring-picture": ("ring_picture:ring_picture", "Draw a virtqueue in a state worth explaining."),
+    "explain": ("explain:explain", "Explain a step, feature, register or requirement."),
     "vectors": ("vectors:vectors", "Test vectors for drivers in other languages."),
     "conform": ("conform:conform", "Check devices and drivers against the standard."),
     "completion": ("completion:completion", "Print the shell's completion script."),

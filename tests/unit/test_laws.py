@@ -29,7 +29,8 @@ STANDS_ON: dict[str, set[str]] = {
     "opener": {"vfio", "drivers", "devices", "serve", "trace"},
     "conformance": {"drivers", "devices", "serve", "opener"},
     "vectors": {"opener"},
-    "cli": {"services", "trace", "conformance", "vectors", "opener"},
+    "explain": {"conformance"},
+    "cli": {"services", "trace", "conformance", "vectors", "explain", "opener"},
     "__main__": {"cli"},
     "": {"opener"},
 }
