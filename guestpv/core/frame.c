@@ -4,6 +4,9 @@
 enum {
     HDR_F_NEEDS_CSUM = 1,
     HDR_F_DATA_VALID = 2,
+    HDR_F_RSC_INFO = 4,
+    GSO_TYPE = 1,
+    GSO_SIZE = 4,
     CSUM_START = 6,
     CSUM_OFFSET = 8,
     ETHERNET_HEADER = 14,
@@ -27,15 +30,38 @@ static uint32_t folded(uint32_t sum)
     return sum;
 }
 
+static void put_le16(uint8_t *at, uint32_t value)
+{
+    at[0] = (uint8_t)value;
+    at[1] = (uint8_t)(value >> 8);
+}
+
+/* A frame put together of TCP segments tells their number where others have csum_start (5.1.9.4); whoever cuts it again
+ * has to know their size. */
+static void resize_segments(uint8_t *header, const volatile uint8_t *tcp, uint32_t length)
+{
+    uint32_t segments = header[CSUM_START] | (uint32_t)header[CSUM_START + 1] << 8, head = (tcp[12] >> 4) * 4u;
+    if (header[GSO_SIZE] || header[GSO_SIZE + 1])
+        return;
+    if (segments < 2 || length <= head)
+        header[GSO_TYPE] = 0;
+    else
+        put_le16(header + GSO_SIZE, (length - head + segments - 1) / segments);
+}
+
 /* DATA_VALID promises a frame without errors, not one with a checksum in it (5.1.9.4.1), and a TAP drops a frame whose
  * checksum is wrong. So the checksum is declared to be still open, with the pseudo header's sum in its place: this
  * kernel's own sockets take that for good, and whoever it is forwarded to gets a whole one. */
-int32_t gpv_leave_checksum_open(uint8_t *header, uint8_t *frame, uint32_t size)
+static int32_t open_checksum(uint8_t *header, uint8_t *frame, uint32_t size)
 {
     uint32_t at = ETHERNET_HEADER, type, protocol, length, addresses, words, sum, place;
     const volatile uint8_t *ip;
 
-    if ((header[0] & (HDR_F_DATA_VALID | HDR_F_NEEDS_CSUM)) != HDR_F_DATA_VALID || size < at)
+    int coalesced = (header[0] & HDR_F_RSC_INFO) != 0;
+
+    if (!coalesced && (header[0] & (HDR_F_DATA_VALID | HDR_F_NEEDS_CSUM)) != HDR_F_DATA_VALID)
+        return 0;
+    if (size < at)
         return 0;
     type = be16(frame + 12);
     if (type == 0x8100 && size >= at + VLAN_TAG) {
@@ -68,6 +94,8 @@ int32_t gpv_leave_checksum_open(uint8_t *header, uint8_t *frame, uint32_t size)
     place = protocol == TCP ? 16 : 6;
     if (size < at + place + 2)
         return 0;
+    if (coalesced && protocol == TCP)
+        resize_segments(header, frame + at, length & 0xffff);
     sum = protocol + (length & 0xffff);
     for (uint32_t i = 0; i < words; i++)
         sum += be16(ip + addresses + 2 * i);
@@ -75,9 +103,15 @@ int32_t gpv_leave_checksum_open(uint8_t *header, uint8_t *frame, uint32_t size)
     frame[at + place] = (uint8_t)(sum >> 8);
     frame[at + place + 1] = (uint8_t)sum;
     header[0] = HDR_F_NEEDS_CSUM;
-    header[CSUM_START] = (uint8_t)at;
-    header[CSUM_START + 1] = (uint8_t)(at >> 8);
-    header[CSUM_OFFSET] = (uint8_t)place;
-    header[CSUM_OFFSET + 1] = 0;
+    put_le16(header + CSUM_START, at);
+    put_le16(header + CSUM_OFFSET, place);
     return 1;
+}
+
+int32_t gpv_leave_checksum_open(uint8_t *header, uint8_t *frame, uint32_t size)
+{
+    uint8_t told = header[0];
+    int32_t changed = open_checksum(header, frame, size);
+    /* Without a place for its checksum, what the coalescing device says of segments means nothing to anybody else. */
+    return told & HDR_F_RSC_INFO && !changed ? -1 : changed;
 }

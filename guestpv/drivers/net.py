@@ -1,88 +1,48 @@
 """The network device (5.1): frames in and out.
 
-``Net`` sets the device up and moves single frames for a person at a prompt or a test. What carries real
-traffic is the C pump of ``services.net``, which takes over the same queues and buffers.
+``Net`` sets the device up and moves frames, in bursts or one by one. What carries a link's traffic is the
+C pump of ``services.net``, which takes over the same queue pairs.
 """
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
 
-import numpy as np
-from numpy.typing import NDArray
-
-from ..errors import DeviceViolation, GuestpvError, QueueFull, TimeLimit, UsageError
-from ..memory import DmaBuffer, DmaPool
+from ..errors import UsageError
 from ..spec import net as spec
 from ..spec.features import mask
 from ..transport.base import Transport
-from ..virtqueue.queue import Virtqueue
-
-ETHERNET_HEADER = 14
-VLAN_TAG = 4
-DEFAULT_MTU = 1500
-MERGEABLE_BUFFER = 2048
-LARGEST_FRAME = 65536 + ETHERNET_HEADER + VLAN_TAG
+from .net_config import DEFAULT_MTU, LinkState, NetConfig
+from .net_control import ControlQueue, Rss
+from .net_port import HOST_SEGMENTATION, Frames, NetPort
 
 BASE_FEATURES = mask(
     (
-        spec.F_MAC,
-        spec.F_STATUS,
-        spec.F_MTU,
-        spec.F_MRG_RXBUF,
-        spec.F_CTRL_VQ,
-        spec.F_MQ,
-        spec.F_SPEED_DUPLEX,
+        *(spec.F_MAC, spec.F_STATUS, spec.F_MTU, spec.F_MRG_RXBUF, spec.F_MQ, spec.F_SPEED_DUPLEX),
+        *(spec.F_CTRL_VQ, spec.F_GUEST_ANNOUNCE, spec.F_NOTF_COAL, spec.F_VQ_NOTF_COAL, spec.F_DEVICE_STATS),
     )
 )
-"""Features that concern frames as they are on the wire."""
+"""Features that ask nothing of the user: frames are as they are on the wire."""
 
-RECEIVE_OFFLOADS = mask(
-    (spec.F_GUEST_CSUM, spec.F_GUEST_TSO4, spec.F_GUEST_TSO6, spec.F_GUEST_ECN, spec.F_GUEST_UFO)
+FILTERS = mask((spec.F_CTRL_RX, spec.F_CTRL_RX_EXTRA, spec.F_CTRL_MAC_ADDR))
+"""Features with which the device keeps frames away that were not asked for."""
+
+ON_REQUEST = FILTERS | mask(
+    (
+        *(spec.F_CTRL_VLAN, spec.F_HASH_REPORT, spec.F_HASH_TUNNEL, spec.F_RSS, spec.F_RSC_EXT),
+        spec.F_STANDBY,
+    )
 )
-SEND_OFFLOADS = mask(
-    (spec.F_CSUM, spec.F_HOST_TSO4, spec.F_HOST_TSO6, spec.F_HOST_ECN, spec.F_HOST_UFO, spec.F_HOST_USO)
-)
+"""Features that are taken only where the user requires them (``features=+rss``): filters drop frames, that
+for VLANs all tagged ones at first; a reported hash lengthens the header; a standby device is half a pair."""
+
+RECEIVE_OFFLOADS = mask((*spec.RECEIVE_OFFLOADS, spec.F_CTRL_GUEST_OFFLOADS))
+SEND_OFFLOADS = mask((spec.F_CSUM, spec.F_HOST_ECN, *HOST_SEGMENTATION))
 """Features under which frames carry a meaning in the virtio header; for users that look at it."""
-
-_BIG_RECEIVE = mask((spec.F_GUEST_TSO4, spec.F_GUEST_TSO6, spec.F_GUEST_UFO))
-_BIG_SEND = mask((spec.F_HOST_TSO4, spec.F_HOST_TSO6, spec.F_HOST_UFO, spec.F_HOST_USO))
-
-
-class Slab:
-    """Equal buffers, each contiguous on the bus.
-
-    Attributes:
-        size: bytes of one buffer.
-        pointers: uint64, shape (count,), the CPU address of each buffer.
-        bus: uint64, shape (count,), its bus address.
-    """
-
-    def __init__(self, pool: DmaPool, count: int, size: int) -> None:
-        self._buffers = [pool.allocate(size) for _ in range(count)]
-        self.size = size
-        self.pointers: NDArray[np.uint64] = np.array([b.pointer for b in self._buffers], dtype=np.uint64)
-        self.bus: NDArray[np.uint64] = np.array([b.address for b in self._buffers], dtype=np.uint64)
-
-    def __len__(self) -> int:
-        return len(self._buffers)
-
-    def __getitem__(self, index: int) -> DmaBuffer:
-        return self._buffers[index]
-
-
-@dataclass(slots=True)
-class QueuePair:
-    """One receive and one transmit queue with their buffers, used by one owner at a time."""
-
-    rx: Virtqueue
-    tx: Virtqueue
-    rx_slab: Slab
-    tx_slab: Slab
 
 
 class Net:
@@ -94,59 +54,59 @@ class Net:
 
     Args:
         transport: an opened network device; negotiated here, closed with the driver.
-        queue_pairs: how many pairs to use; more than one needs MQ (5.1.5).
-        offloads: mask of checksum and segmentation features whose header fields the user handles.
+        queue_pairs: how many pairs to use; more than one needs MQ or RSS (5.1.5).
+        offloads: mask of further features that the user handles: checksum and segmentation, filters.
         started: whether receive buffers are handed out at once; the pump does that itself.
+        rss: how received packets are steered where RSS is required; evenly by a random key by default.
+
+    Attributes:
+        config: what the device says of itself.
+        mac: address in use, 6 bytes.
+        mtu: largest payload in bytes.
+        pairs: the queue pairs in use.
+        control: the control queue, None without CTRL_VQ.
 
     Raises:
         Refused, FeaturesRefused: negotiation failed.
+        DeviceViolation: the device's configuration cannot be.
         UsageError: the device has fewer queue pairs.
     """
 
     def __init__(
-        self, transport: Transport, *, queue_pairs: int = 1, offloads: int = 0, started: bool = True
+        self,
+        transport: Transport,
+        *,
+        queue_pairs: int = 1,
+        offloads: int = 0,
+        started: bool = True,
+        rss: Rss | None = None,
     ) -> None:
         self.transport = transport
-        wanted = BASE_FEATURES | offloads
+        wanted = BASE_FEATURES | offloads | (ON_REQUEST & transport.feature_filter.required)
         if queue_pairs == 1:
-            wanted &= ~mask((spec.F_MQ,))
+            # Multi-queue would only move the control queue.
+            wanted &= ~(mask((spec.F_MQ,)) & ~transport.feature_filter.required)
         self.features = transport.negotiate(supported=wanted)
         with transport.failing():
             self.header_size = spec.header_dtype(self.features).itemsize
-            config = transport.config(spec.CONFIG)
-            self._check_pairs(queue_pairs, config)
-            self.mac = self._choose_mac(config)
-            self.mtu = int(config.get("mtu", DEFAULT_MTU))
-            if not 68 <= self.mtu <= 65535:
-                raise DeviceViolation(
-                    f"mtu is {self.mtu}, outside 68 to 65535",
-                    requirement="DEV-NET-03",
-                    section="5.1.4.1",
-                    where=transport.name,
-                )
-            self.pairs = [self._make_pair(number) for number in range(queue_pairs)]
-            self.control: Virtqueue | None = None
+            self.config = NetConfig.read(transport)
+            self._check_pairs(queue_pairs)
+            self.mac = self.config.mac or random_mac()
+            self.mtu = self.config.mtu or DEFAULT_MTU
+            self.pairs = [NetPort(transport, number, self.mtu) for number in range(queue_pairs)]
+            self.control: ControlQueue | None = None
             if transport.has(spec.F_CTRL_VQ):
-                pairs = int(config["max_virtqueue_pairs"]) if transport.has(spec.F_MQ) else 1
-                self.control = transport.make_queue(2 * pairs)
-                self._control_memory = transport.pool.allocate(4096)
+                self.control = ControlQueue(transport, self.config, 2 * self.config.max_pairs, queue_pairs)
             transport.driver_ok()
-            if queue_pairs > 1:
-                self._command(spec.CTRL_MQ, spec.CTRL_MQ_VQ_PAIRS_SET, queue_pairs.to_bytes(2, "little"))
-        self._rx_tokens: dict[int, int] = {}
-        self._tx_tokens: dict[int, int] = {}
-        self._tx_free = list(range(len(self.pairs[0].tx_slab)))
-        self._partial: list[bytes] = []
-        self._missing = 0
+            self._steer(queue_pairs, rss)
         if started:
-            for index in range(len(self.pairs[0].rx_slab)):
-                self._give(index)
-            self.pairs[0].rx.publish()
+            for port in self.pairs:
+                port.start()
 
     # Set-up.
 
-    def _check_pairs(self, wanted: int, config: dict[str, int | bytes]) -> None:
-        most = int(config.get("max_virtqueue_pairs", 1)) if self.transport.has(spec.F_MQ) else 1
+    def _check_pairs(self, wanted: int) -> None:
+        most = self.config.max_pairs
         if not 1 <= wanted <= most:
             raise UsageError(
                 f"{wanted} queue pairs asked for, the device has {most}",
@@ -154,68 +114,43 @@ class Net:
                 hint="QEMU: -device virtio-net-pci,mq=on and queues=N at the netdev" if wanted > most else "",
             )
 
-    def _choose_mac(self, config: dict[str, int | bytes]) -> bytes:
-        mac = config.get("mac")
-        if isinstance(mac, bytes):
-            if mac[0] & 1 or not any(mac):
-                raise DeviceViolation(
-                    f"the MAC address {mac.hex(':')} is no unicast address",
-                    section="5.1.4",
-                    where=self.transport.name,
-                )
-            return mac
-        # Without F_MAC the driver picks a locally administered address (5.1.5).
-        random = bytearray(np.random.default_rng().bytes(6))
-        random[0] = random[0] & 0xFC | 0x02
-        return bytes(random)
-
-    def _make_pair(self, number: int) -> QueuePair:
-        transport = self.transport
-        rx, tx = transport.make_queue(2 * number), transport.make_queue(2 * number + 1)
-        frame = self.header_size + ETHERNET_HEADER + VLAN_TAG + max(self.mtu, DEFAULT_MTU)
-        rx_size = -(-frame // 64) * 64
-        if transport.has(spec.F_MRG_RXBUF):
-            rx_size = MERGEABLE_BUFFER
-        elif self.features & _BIG_RECEIVE:
-            rx_size = -(-(self.header_size + LARGEST_FRAME) // 4096) * 4096
-        tx_size, tx_count = -(-frame // 64) * 64, tx.size
-        if self.features & _BIG_SEND:
-            # 64 KiB each: enough of them to fill a pipe, few enough for a memlock limit of 8 MiB.
-            tx_size, tx_count = -(-(self.header_size + LARGEST_FRAME) // 4096) * 4096, min(tx.size, 64)
-        rx_count = rx.size if rx_size <= 16384 else min(rx.size, 64)
-        return QueuePair(
-            rx, tx, Slab(transport.pool, rx_count, rx_size), Slab(transport.pool, tx_count, tx_size)
-        )
-
-    def _command(self, kind: int, command: int, data: bytes, timeout: float = 5.0) -> None:
-        """One command on the control queue (5.1.9.5)."""
-        control, memory = self.control, self._control_memory
-        if control is None:
-            raise UsageError("the device has no control queue", where=self.transport.name)
-        memory.write(bytes((kind, command)) + data)
-        memory.array[4095] = 0xFF
-        control.add(readable=[memory[0:2], memory[2 : 2 + len(data)]], writable=[memory[4095:4096]])
-        control.publish()
-        if not control.wait(timeout):
-            raise TimeLimit(
-                f"control command class {kind} command {command} was not answered within {timeout:g} s",
-                where=self.transport.name,
+    def _steer(self, pairs: int, rss: Rss | None) -> None:
+        if rss is not None and not self.transport.has(spec.F_RSS):
+            raise UsageError(
+                "RSS was not negotiated", where=self.transport.name, hint="require it: features=+rss"
             )
-        list(control.completions())
-        if (status := int(memory.array[4095])) != spec.CTRL_OK:
-            raise GuestpvError(
-                f"the device refused control command class {kind} command {command} (status {status})",
-                where=self.transport.name,
-            )
+        if self.control is None:
+            return
+        if self.transport.has(spec.F_RSS):
+            self.control.set_rss(rss or Rss.even(os.urandom(spec.RSS_KEY_MIN), pairs))
+        elif pairs > 1:
+            self.control.set_pairs(pairs)
+        if self.transport.has(spec.F_HASH_REPORT) and not self.transport.has(spec.F_RSS):
+            self.control.set_hash(os.urandom(spec.RSS_KEY_MIN))
 
     # State.
 
     @property
+    def state(self) -> LinkState:
+        """What the device says of its link now; read anew each time."""
+        return LinkState.read(self.transport)
+
+    @property
     def link_up(self) -> bool:
         """Whether the device says that its link is up; always True without F_STATUS (5.1.5)."""
-        if not self.transport.has(spec.F_STATUS):
-            return True
-        return bool(int(self.transport.config(spec.CONFIG, "status")["status"]) & spec.S_LINK_UP)
+        return self.state.up
+
+    # Frames in bursts.
+
+    def send_burst(self, frames: Frames, *, pair: int = 0) -> int:
+        """Send a table of frames, as ``NetPort.send``."""
+        return self.pairs[pair].send(frames)
+
+    def receive_burst(
+        self, most: int = 64, *, headers: bool = False, out: Frames | None = None, pair: int = 0
+    ) -> Frames:
+        """A table of received frames, as ``NetPort.receive``."""
+        return self.pairs[pair].receive(most, headers=headers, out=out)
 
     # Frames, one at a time.
 
@@ -225,78 +160,21 @@ class Net:
         Fewer than asked when the transmit queue is full; send the rest later.
 
         Raises:
-            UsageError: a frame is shorter than its header or longer than the MTU allows.
+            UsageError: a frame is shorter than its header or longer than the MTU allows; nothing was sent.
         """
-        pair = self.pairs[0]
-        for token, _length in pair.tx.completions():
-            self._tx_free.append(self._tx_tokens.pop(token))
-        sent = 0
-        longest = self.mtu + ETHERNET_HEADER + VLAN_TAG
-        for frame in frames:
-            if not ETHERNET_HEADER <= len(frame) <= longest:
-                raise UsageError(
-                    f"a frame of {len(frame)} bytes is not between {ETHERNET_HEADER} and {longest}"
-                )
-            if not self._tx_free:
-                break
-            index = self._tx_free[-1]
-            buffer = pair.tx_slab[index]
-            buffer.array[: self.header_size] = 0
-            buffer.write(frame, self.header_size)
-            try:
-                token = pair.tx.add(readable=[buffer[: self.header_size + len(frame)]])
-            except QueueFull:
-                break
-            self._tx_tokens[token] = self._tx_free.pop()
-            sent += 1
-        if sent:
-            pair.tx.publish()
-        return sent
+        return self.pairs[0].send(Frames.of(list(frames)))
 
     def receive(self) -> list[bytes]:
         """All whole frames that have come in, oldest first, without the virtio header.
 
         Raises:
-            DeviceViolation: a used length is shorter than the header, or ``num_buffers`` is impossible.
+            DeviceViolation: the device broke the queue, or ``num_buffers`` is impossible.
         """
-        pair = self.pairs[0]
         frames: list[bytes] = []
-        for token, length in pair.rx.completions():
-            index = self._rx_tokens.pop(token)
-            data = pair.rx_slab[index].array[:length]
-            self._collect(data, frames)
-            self._give(index)
-        pair.rx.publish()
+        port = self.pairs[0]
+        while got := port.receive(port.rx.size):
+            frames += [got[row] for row in range(len(got))]
         return frames
-
-    def _collect(self, data: NDArray[np.uint8], frames: list[bytes]) -> None:
-        if self._missing == 0:
-            header = spec.HEADER.itemsize
-            if data.nbytes < self.header_size:
-                raise DeviceViolation(
-                    f"a received buffer has {data.nbytes} bytes, its header alone {self.header_size}",
-                    section="5.1.9.4",
-                    where=self.transport.name,
-                )
-            number = int(data[:header].view(spec.HEADER)["num_buffers"][0])
-            self._missing = number if self.transport.has(spec.F_MRG_RXBUF) else 1
-            if not 1 <= self._missing <= self.pairs[0].rx.size:
-                raise DeviceViolation(
-                    f"num_buffers is {number}",
-                    requirement="DEV-NET-37",
-                    section="5.1.9.4",
-                    where=self.transport.name,
-                )
-            data = data[self.header_size :]
-        self._partial.append(data.tobytes())
-        self._missing -= 1
-        if self._missing == 0:
-            frames.append(b"".join(self._partial))
-            self._partial.clear()
-
-    def _give(self, index: int) -> None:
-        pair = self.pairs[0]
-        self._rx_tokens[pair.rx.add(writable=[pair.rx_slab[index]])] = index
 
     def wait(self, timeout: float | None = None) -> bool:
         """Wait until something was received; False when ``timeout`` seconds went by."""
@@ -321,3 +199,10 @@ class Net:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def random_mac() -> bytes:
+    """A locally administered unicast address, for a device that has none (5.1.5, DRV-NET-04)."""
+    address = bytearray(os.urandom(6))
+    address[0] = address[0] & 0xFC | 0x02
+    return bytes(address)

@@ -8,9 +8,9 @@ import threading
 from typing import Any
 
 from ..core._core import ffi, lib
-from ..drivers.net import RECEIVE_OFFLOADS, SEND_OFFLOADS, Net, QueuePair, Slab
+from ..drivers.net import RECEIVE_OFFLOADS, SEND_OFFLOADS, Net
+from ..drivers.net_port import NetPort
 from ..errors import DeviceViolation, GuestpvError
-from ..spec import net as spec
 from ..spec.status import Status
 from ..system import SYSTEM
 from ..transport.base import Transport
@@ -21,32 +21,27 @@ LINK_POLL = 1.0
 """Seconds between looks at the link state where no configuration interrupt announces a change."""
 
 
+COUNTERS = tuple(field for field, _ in ffi.typeof("struct gpv_pump_counters").fields)
+
+
 class Pump:
     """One queue pair wired to one TAP queue, in a thread of its own that runs C only."""
 
-    def __init__(self, pair: QueuePair, tap_fd: int, *, header: int, mergeable: bool, spin: bool) -> None:
-        self.pair = pair
+    def __init__(self, port: NetPort, tap_fd: int, *, spin: bool) -> None:
+        self.port = port
         self._stop = SYSTEM.eventfd()
-        self._keep: list[Any] = []
         config = ffi.new("struct gpv_pump_config *")
-        config.rx, config.tx = pair.rx.handle, pair.tx.handle
+        config.port, config.rx, config.tx = port.handle, port.rx.handle, port.tx.handle
         config.tap_fd, config.stop_fd = tap_fd, self._stop
-        config.rx_fd = -1 if spin else pair.rx.fileno()
-        config.tx_fd = -1 if spin else pair.tx.fileno()
-        self._describe(config.rx_buffers, pair.rx_slab)
-        self._describe(config.tx_buffers, pair.tx_slab)
-        config.header, config.mergeable = header, mergeable
+        config.rx_fd = -1 if spin else port.rx.fileno()
+        config.tx_fd = -1 if spin else port.tx.fileno()
+        config.header = port.header.itemsize
         self._pump = lib.gpv_pump_new(config)
         if self._pump == ffi.NULL:
             SYSTEM.close(self._stop)
             raise MemoryError("no memory for a TAP pump")
         self._result: int | None = None
         self._thread = threading.Thread(target=self._run, name="guestpv-pump", daemon=True)
-
-    def _describe(self, buffers: Any, slab: Slab) -> None:
-        memory, bus = (ffi.from_buffer("uint64_t[]", array) for array in (slab.pointers, slab.bus))
-        self._keep += [memory, bus]
-        buffers.memory, buffers.bus, buffers.size, buffers.count = memory, bus, slab.size, len(slab)
 
     def _run(self) -> None:
         self._result = lib.gpv_pump_run(self._pump)
@@ -71,22 +66,17 @@ class Pump:
         if self._result <= lib.GPV_PUMP_ERRNO:
             code = lib.GPV_PUMP_ERRNO - self._result
             raise GuestpvError(f"the TAP link failed: {os.strerror(code)}", where="TAP pump")
-        for queue in (self.pair.rx, self.pair.tx):
-            # The pump's thread is over; taking from a broken queue raises what broke it.
-            queue.own()
-            queue.reap_burst()
-        raise GuestpvError(f"the pump stopped with code {self._result}", where="TAP pump")
+        self.port.check(self._result)
 
     def counters(self) -> dict[str, int]:
         """Counters since the start; ``rx`` is device to TAP, ``tx`` TAP to device."""
         live = lib.gpv_pump_counters(self._pump)
-        names = ("packets", "bytes", "dropped", "interrupts")
-        result = {
-            f"{way}_{name}": int(getattr(live, f"{way}_{name}")) for way in ("rx", "tx") for name in names
-        }
-        result["tx_reminders"] = int(live.tx_reminders)
-        result["rx_kicks"] = int(lib.gpv_kicks(self.pair.rx.handle))
-        result["tx_kicks"] = int(lib.gpv_kicks(self.pair.tx.handle))
+        result = self.port.counters
+        result |= {name: int(getattr(live, name)) for name in COUNTERS}
+        for way, queue in (("rx", self.port.rx), ("tx", self.port.tx)):
+            result[f"{way}_kicks"] = int(lib.gpv_kicks(queue.handle))
+            result[f"{way}_outstanding"] = int(lib.gpv_outstanding(queue.handle))
+            result[f"{way}_size"] = queue.size
         return result
 
     def stop(self) -> None:
@@ -141,16 +131,8 @@ class NetService:
             )
             self.link_up = self.net.link_up
             self._tap.set_carrier(self.link_up)
-            for pair, fd in zip(self.net.pairs, self._tap.fds, strict=True):
-                self.pumps.append(
-                    Pump(
-                        pair,
-                        fd,
-                        header=self.net.header_size,
-                        mergeable=transport.has(spec.F_MRG_RXBUF),
-                        spin=poll,
-                    )
-                )
+            for port, fd in zip(self.net.pairs, self._tap.fds, strict=True):
+                self.pumps.append(Pump(port, fd, spin=poll))
             self._tap.up()
             for pump in self.pumps:
                 pump.start()
