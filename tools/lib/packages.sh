@@ -97,6 +97,27 @@ as_root() {
     fi
 }
 
+APT_WAIT=600 # seconds that another apt may hold a lock; a machine that has just started updates itself
+
+# apt-get, once others have finished: apt itself waits for dpkg's lock only, not for that of its lists.
+# Says on descriptor 3 that it waits.
+apt_get() {
+    local until=$((SECONDS + APT_WAIT)) told="" said status
+    said=$(mktemp)
+    while :; do
+        status=0
+        as_root env LC_ALL=C DEBIAN_FRONTEND=noninteractive \
+            apt-get -q -o "DPkg::Lock::Timeout=$APT_WAIT" "$@" >"$said" 2>&1 || status=$?
+        [ $status != 0 ] && [ $SECONDS -lt $until ] && grep -q 'Could not get lock' "$said" || break
+        [ -n "$told" ] || echo "guestpv: another apt is at work; waiting for it, at most $APT_WAIT s" >&3
+        told=yes
+        sleep 2
+    done
+    cat "$said"
+    rm -f "$said"
+    return $status
+}
+
 ensure_packages() {
     local missing
     mapfile -t missing < <(missing_packages "$@")
@@ -110,9 +131,9 @@ ensure_packages() {
     local log
     log=$(mktemp)
     if ! {
-        as_root apt-get -q update &&
-            as_root env DEBIAN_FRONTEND=noninteractive apt-get -q -y --no-install-recommends install "${missing[@]}"
-    } >"$log" 2>&1; then
+        apt_get update &&
+            apt_get -y --no-install-recommends install "${missing[@]}"
+    } 3>&2 >"$log" 2>&1; then
         tail -n 20 "$log" >&2
         echo "guestpv: could not install them; the whole log: $log" >&2
         exit 1
