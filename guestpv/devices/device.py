@@ -207,7 +207,8 @@ class Device:
     def kick(self, index: int, data: int | None = None) -> None:
         """An available buffer notification for a queue."""
         if index >= len(self.queues):
-            self.find("DRV-PCI-49", f"notification for queue {index} of {len(self.queues)}", "queue_notify")
+            rule = "DRV-PCI-49" if data is None else "DRV-PCI-50"
+            self.find(rule, f"notification for queue {index} of {len(self.queues)}", "queue_notify")
             return
         queue = self.queues[index]
         if not self.status & Status.DRIVER_OK:

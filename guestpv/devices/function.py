@@ -218,6 +218,8 @@ class SoftwareFunction:
                 return self.registers.read_isr(offset - ISR, width)
             if part == 2:
                 return self.registers.config_read(offset - DEVICE, width)
+            if part < 0:
+                self.device.find("DRV-PCI-56", "read of no structure", f"BAR {index} +{offset:#x}/{width}")
             return 0
 
     def bar_write(self, index: int, offset: int, width: int, value: int) -> None:
@@ -237,6 +239,8 @@ class SoftwareFunction:
                 self.registers.config_write(offset - DEVICE, width, value)
             elif part >= 3:
                 self.registers.notify(offset - NOTIFY, width, value)
+            else:
+                self.device.find("DRV-PCI-56", "write to no structure", f"BAR {index} +{offset:#x}/{width}")
 
     def _decodes(self, index: int, offset: int, width: int) -> bool:
         where = f"BAR {index} +{offset:#x}/{width}"
@@ -256,8 +260,8 @@ class SoftwareFunction:
     # The PCI configuration access capability (4.1.4.9).
 
     def _in_window(self, offset: int) -> bool:
-        at = self.config.positions[CfgType.PCI_CFG]
-        return at + 16 <= offset < at + 20
+        at = self.config.positions.get(CfgType.PCI_CFG)
+        return at is not None and at + 16 <= offset < at + 20
 
     def _window(self, write: bytes | None) -> None:
         """Do the access that bar, offset and length of the capability describe."""

@@ -66,10 +66,7 @@ class PackedRing(Ring):
             slot = position % self.size
             address, length, id, flags = _DESC.unpack_from(self._desc, 16 * slot)
             if not self._marks(flags, position):
-                raise DriverFault(
-                    "DRV-PACKED-13",
-                    f"descriptor {slot} of a list whose first one is available is not (flags {flags:#06x})",
-                )
+                self._incomplete(position, slot, flags)
             count = position - self.available + 1
             if position - self.used >= self.size:
                 self._no_room(count)
@@ -89,6 +86,22 @@ class PackedRing(Ring):
         chain = self._chain(id, count, elements, slots)
         self.available = position
         return self._took(chain)
+
+    def _incomplete(self, position: int, slot: int, flags: int) -> None:
+        if position - self.available >= self.size:
+            self._no_room(position - self.available + 1)
+        if position - self.used >= self.size:
+            self.remarks.append(("DRV-PACKED-11", f"descriptor {slot} of a list is still to be used"))
+            raise DriverFault("DRV-PACKED-12", "the list runs into descriptors that were not used yet")
+        marks = flags & (AVAIL | USED)
+        if self._wrap(position) != self._wrap(self.available) and marks in (AVAIL, USED):
+            self.remarks.append(
+                ("DRV-PACKED-33", f"descriptor {slot} has the wrap counter of before the end")
+            )
+        raise DriverFault(
+            "DRV-PACKED-13",
+            f"descriptor {slot} of a list whose first one is available is not (flags {flags:#06x})",
+        )
 
     def _no_room(self, count: int) -> None:
         if count > self.size:

@@ -110,6 +110,7 @@ class DeviceQueue:
         try:
             chain = ring.pop()
         except DriverFault as fault:
+            self._remarks(ring)
             self.owner.fault(fault, self.where)
             return None
         self._remarks(ring)

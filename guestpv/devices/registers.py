@@ -115,13 +115,16 @@ class VirtioRegisters:
         field = self.fields.get(offset) or pci.COMMON_CFG.at(offset)
         where = f"common configuration +{offset:#x}/{width}"
         if field is None:
-            self.device.find("", f"{verb} of no register", where)
+            self.device.find("DRV-PCI-56", f"{verb} of no register", where)
             return None
         part = min(field.width, 4)
         if width != part or (offset - field.offset) % part:
             self.device.find(
                 WIDTH_RULES[field.width], f"{verb} of {field.name} ({8 * field.width} bits)", where
             )
+            if offset + width > field.end:
+                rule = "DRV-PCI-60" if field.offset >= pci.COMMON_CFG["queue_select"].offset else "DRV-PCI-59"
+                self.device.find(rule, f"{verb} across the end of {field.name}", where)
             return None
         if not field.exists(self.device.visible_features):
             rule = "DRV-PCI-61" if field.name == "queue_reset" else ""

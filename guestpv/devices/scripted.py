@@ -114,7 +114,8 @@ class ScriptedDriver:
     def queue(self, index: int, size: int | None = None, vector: int = pci.NO_VECTOR) -> RawQueue:
         """Allocate rings, tell the device, enable."""
         self.write("queue_select", index)
-        size = size or self.read("queue_size")
+        largest = self.read("queue_size")
+        size = size or largest
         queue = RawQueue(self, index, size)
         self.write("queue_size", size)
         self.write("queue_msix_vector", vector)

@@ -2,9 +2,9 @@
 
 from typing import Final
 
-from . import rules_common
+from . import rules_common, rules_packed, rules_pci, rules_ring, rules_split
 
-__all__ = ["REASONS", "rules_common"]
+__all__ = ["REASONS", "rules_common", "rules_packed", "rules_pci", "rules_ring", "rules_split"]
 
 REASONS: Final = {
     "DRV-FEAT-06": "every feature that the standard has can be carried over PCI",

@@ -367,8 +367,8 @@ def a_queue_is_set_up_again(watch: Watch, event: Event, subject: Any) -> Answer:
     return f"{', '.join(sorted(missing))} not written again after the queue reset" if missing else True
 
 
-@rule("DRV-CLEANUP-01", on=("pop", "push", "publish"), needs="ring")
-def exposed_descriptors_stay(watch: Watch, event: Event, subject: Any) -> Answer:
+@rule("DRV-CLEANUP-01", "DRV-PACKED-04", "DRV-PACKED-05", on=("pop", "push", "publish"), needs="ring")
+def exposed_descriptors_stay(watch: Watch, event: Event, subject: Any) -> Answers:
     """Descriptors of a buffer that the device has are not changed until it is used."""
     ring = watch.queue(event).ring
     if ring is None or len(ring.outstanding) > 64:
@@ -385,8 +385,13 @@ def exposed_descriptors_stay(watch: Watch, event: Event, subject: Any) -> Answer
     for id, chain in ring.outstanding.items():
         if id in mine and ring.descriptors(chain) != mine[id]:
             mine.pop(id)
-            return f"the descriptors of chain {id} changed while the device had it"
-    return True
+            return _each(watch, f"the descriptors of chain {id} changed while the device had it")
+    return _each(watch, True)
+
+
+def _each(watch: Watch, answer: Answer) -> Answers:
+    packed = ("DRV-PACKED-04", "DRV-PACKED-05") if watch.has(ft.F_RING_PACKED) else ()
+    return dict.fromkeys(("DRV-CLEANUP-01", *packed), answer)
 
 
 exercised(
