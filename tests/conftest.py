@@ -1,0 +1,37 @@
+"""Which tests run on the same worker."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+
+SHARE_A_MACHINE = {"test_lab.py", "test_net_up.py", "test_vfio.py", "test_worlds.py"}
+"""Files of the guest tier whose tests share one virtual machine for each kernel."""
+KERNEL = re.compile(r"\[(?:.*?-)?(6\.\d+)(?:-.*)?\]$")
+
+
+def group(nodeid: str) -> str:
+    """What stays together: a file, as its tests share what is dear to set up; for guests, a kernel's part."""
+    file = nodeid.split("::")[0]
+    if not file.startswith("tests/guest/"):
+        return file
+    kernel = KERNEL.search(nodeid)
+    name = "tests/guest" if file.rpartition("/")[2] in SHARE_A_MACHINE else file
+    return f"{name} {kernel[1] if kernel else ''}"
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """For ``--dist loadscope``: groups, handed out in the order of the command line."""
+    if config.getvalue("dist") != "loadscope":
+        return None
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Groups(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return group(nodeid)
+
+    config.option.loadscopereorder = False
+    return Groups(config, log)
