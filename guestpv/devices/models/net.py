@@ -15,6 +15,7 @@ from ..model import DEFAULT_QUEUE_SIZE, Model
 from ..queue import DeviceQueue
 from ..ring import Chain
 from .net_control import Control
+from .net_hash import KEY_MOST, TABLE_MOST, TYPES, hash_of
 from .packet import ETHERNET, IPV6, Flow, Packet, flow, network_header, reverse, segments
 
 HEADER = struct.Struct("<BBHHHHH")
@@ -97,6 +98,9 @@ class Net(Model):
             "mtu": mtu,
             "speed": 10_000,
             "duplex": 1,
+            "rss_max_key_size": KEY_MOST,
+            "rss_max_indirection_table_length": TABLE_MOST,
+            "supported_hash_types": TYPES,
         }
         self.peer: Peer | None = None
         self.sent = self.received = self.dropped = self.filtered = 0
@@ -118,12 +122,18 @@ class Net(Model):
         """Number of the control queue with these features, None without CTRL_VQ."""
         if not features >> net.F_CTRL_VQ & 1:
             return None
-        return 2 * (self.pairs if features >> net.F_MQ & 1 else 1)
+        return 2 * self._pairs_with(features)
+
+    def _pairs_with(self, features: int) -> int:
+        return self.pairs if features >> net.F_MQ & 1 or features >> net.F_RSS & 1 else 1
 
     def queue_size(self, index: int, features: int) -> int:
         """Queues beyond what the features call for do not exist."""
-        pairs = self.pairs if features >> net.F_MQ & 1 else 1
-        return self.depth if index < 2 * pairs or index == self.control_index(features) else 0
+        return (
+            self.depth
+            if index < 2 * self._pairs_with(features) or index == self.control_index(features)
+            else 0
+        )
 
     def reset(self) -> None:
         """Forget filters, buffers and packets; the address is the card's own again."""
@@ -308,7 +318,10 @@ class Net(Model):
 
     def _steer(self, packet: Packet) -> DeviceQueue | None:
         """The receive queue for a packet: the flow's own, else any that is enabled."""
-        pairs = self.control.pairs
+        pairs, steering = self.control.pairs, self.control.steering
+        if steering is not None and steering.table:
+            queue = self.device.queues[2 * steering.queue(packet.data)]
+            return queue if queue.enabled else None
         key = flow(packet.data) if pairs > 1 else None
         first = 0 if key is None else self._flows.get(key, hash(key) % pairs)
         for step in range(pairs):
@@ -370,6 +383,9 @@ class Net(Model):
         header = HEADER.pack(
             flags, kind, length, packet.gso_size, packet.csum_start, packet.csum_offset, len(done)
         )
+        if self.has(net.F_HASH_REPORT) and self.control.steering is not None:
+            steering = self.control.steering
+            header += struct.pack("<IH", *hash_of(packet.data, steering.key, steering.types))
         done[0][0].write(header)
         self.received += 1
         queue.complete_together(done)
@@ -383,5 +399,6 @@ class Net(Model):
         accepted, requirement, message = self.control.command(chain.read())
         if not accepted and requirement:
             self.device.find(requirement, message, queue.where)
+        before, after = self.control.answer
         ack = net.CTRL_OK if accepted else net.CTRL_ERR
-        queue.complete(chain, chain.write(bytes([ack])))
+        queue.complete(chain, chain.write(before + bytes([ack]) + after * accepted))

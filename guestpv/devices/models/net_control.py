@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import struct
 from typing import TYPE_CHECKING
 
 from ...spec import net
+from .net_hash import Steering
 from .packet import vlan_id
 
 if TYPE_CHECKING:
@@ -20,6 +22,8 @@ RECEIVE_OFFLOADS = (1, 7, 8, 9, 10, 46, 47, 54, 55)
 
 Result = tuple[bool, str, str]
 """Whether the command was accepted; else the broken requirement, if one, and why."""
+RX_STATS, TX_STATS, CONTROL_STATS = 1 << 0, 1 << 16, 1 << 32
+"""Types of statistics that are kept."""
 OK: Result = (True, "", "")
 
 
@@ -32,12 +36,16 @@ class Control:
         vlans: VLAN ids that pass, with CTRL_VLAN.
         pairs: queue pairs in use.
         offloads: receive offloads that are on, a mask of feature bits.
+        steering: hash and RSS configuration, None before there is one.
+        coalescing: virtqueue number -> (packets, microseconds).
+        answer: what the device writes besides its status: in front of it, and behind it.
         log: (class, command, accepted) of every command.
     """
 
     def __init__(self, model: Net) -> None:
         self._model = model
         self.log: list[tuple[int, int, bool]] = []
+        self.answer: tuple[bytes, bytes] = (b"", b"")
         self.reset()
 
     def reset(self) -> None:
@@ -47,6 +55,8 @@ class Control:
         self.vlans: set[int] = set()
         self.pairs = 1
         self.offloads = 0
+        self.steering: Steering | None = None
+        self.coalescing: dict[int, tuple[int, int]] = {}
 
     def start(self, features: int) -> None:
         """After negotiation every negotiated receive offload is on (5.1.9.5.9.1)."""
@@ -56,6 +66,7 @@ class Control:
         """Carry out class, command and data."""
         if len(request) < 2:
             return False, "DRV-NET-186", f"a control request of {len(request)} bytes"
+        self.answer = (b"", b"")
         kind, command, data = request[0], request[1], request[2:]
         actions = {
             net.CTRL_RX: self._rx,
@@ -64,6 +75,8 @@ class Control:
             net.CTRL_ANNOUNCE: self._announce,
             net.CTRL_MQ: self._mq,
             net.CTRL_GUEST_OFFLOADS: self._guest_offloads,
+            net.CTRL_NOTF_COAL: self._coalesce,
+            net.CTRL_STATS: self._statistics,
         }
         action = actions.get(kind)
         result = action(command, data) if action else (False, "", f"class {kind} is not known")
@@ -114,6 +127,8 @@ class Control:
         return OK
 
     def _mq(self, command: int, data: bytes) -> Result:
+        if command in (net.CTRL_MQ_RSS_CONFIG, net.CTRL_MQ_HASH_CONFIG):
+            return self._steer(data, command == net.CTRL_MQ_RSS_CONFIG)
         if not self._has(net.F_MQ) or command != net.CTRL_MQ_VQ_PAIRS_SET or len(data) != 2:
             return False, "DRV-NET-192", f"MQ command {command} with {len(data)} bytes"
         pairs = int.from_bytes(data, "little")
@@ -123,7 +138,79 @@ class Control:
             if not self._model.device.queues[index].enabled:
                 return False, "DRV-NET-101", f"{pairs} queue pairs while queue {index} is not enabled"
         self.pairs = pairs
+        if self.steering is not None and self.steering.table:
+            self.steering = None
         return OK
+
+    def _steer(self, data: bytes, rss: bool) -> Result:
+        if not self._has(net.F_RSS if rss else net.F_HASH_REPORT):
+            return False, "DRV-NET-106" if rss else "", "hash or RSS configuration without its feature"
+        steering = Steering.parse(data, rss)
+        if steering is None:
+            return False, "DRV-NET-193" if rss else "DRV-NET-198", f"configuration of {len(data)} bytes"
+        if rss:
+            queues = self._model.device.queues
+            for number in (steering.unclassified, *steering.table):
+                if 2 * number >= 2 * self._model.pairs or not queues[2 * number].enabled:
+                    return False, "DRV-NET-107", f"receive queue {number} is not enabled"
+            self.pairs = max(1, *(number + 1 for number in steering.table))
+        self.steering = steering
+        return OK
+
+    def _coalesce(self, command: int, data: bytes) -> Result:
+        if command == net.CTRL_NOTF_COAL_VQ_GET:
+            # The status comes behind the parameters, whether they mean anything or not.
+            self.answer = (bytes(8), b"")
+        single = command in (net.CTRL_NOTF_COAL_VQ_SET, net.CTRL_NOTF_COAL_VQ_GET)
+        if not self._has(net.F_VQ_NOTF_COAL if single else net.F_NOTF_COAL):
+            return False, "DRV-NET-117" if single else "DRV-NET-116", "coalescing without its feature"
+        size = {net.CTRL_NOTF_COAL_VQ_SET: 12, net.CTRL_NOTF_COAL_VQ_GET: 4}.get(command, 8)
+        if command > net.CTRL_NOTF_COAL_VQ_GET or len(data) != size:
+            return False, "DRV-NET-200", f"NOTF_COAL command {command} with {len(data)} bytes"
+        queues = range(int(command == net.CTRL_NOTF_COAL_TX_SET), 2 * self._model.pairs, 2)
+        if single:
+            number = int.from_bytes(data[:2], "little")
+            if number >= 2 * self._model.pairs or not self._model.device.queues[number].enabled:
+                return False, "DRV-NET-115", f"virtqueue {number} is no enabled data queue"
+            queues = range(number, number + 1)
+        if command == net.CTRL_NOTF_COAL_VQ_GET:
+            self.answer = (struct.pack("<II", *self.coalescing.get(queues[0], (0, 0))), b"")
+            return OK
+        packets, microseconds = struct.unpack("<II", data[-8:])
+        self.coalescing |= dict.fromkeys(queues, (packets, microseconds))
+        return OK
+
+    def _statistics(self, command: int, data: bytes) -> Result:
+        if not self._has(net.F_DEVICE_STATS):
+            return False, "", "STATS class without DEVICE_STATS"
+        if command == net.CTRL_STATS_QUERY and not data:
+            self.answer = (b"", (RX_STATS | TX_STATS | CONTROL_STATS).to_bytes(8, "little"))
+            return OK
+        if command != net.CTRL_STATS_GET or not data or len(data) % 16:
+            return False, "DRV-NET-201", f"STATS command {command} with {len(data)} bytes"
+        reply = b""
+        control = self._model.control_index(self._model.device.features)
+        for queue, types in struct.iter_unpack("<H6xQ", data):
+            known = CONTROL_STATS if queue == control else TX_STATS if queue % 2 else RX_STATS
+            if queue > (control or 0) or types != known:
+                return False, "DRV-NET-120", f"statistics {types:#x} of virtqueue {queue}"
+            number = known.bit_length() - 1
+            values = self._counters(number)
+            reply += struct.pack("<BxH2xH", number, queue, 8 + 8 * len(values))
+            reply += struct.pack(f"<{len(values)}Q", *values)
+        self.answer = (b"", reply)
+        return OK
+
+    def _counters(self, number: int) -> list[int]:
+        model = self._model
+        known = {
+            "command_num": len(self.log) + 1,
+            "ok_num": sum(accepted for _, _, accepted in self.log) + 1,
+            "rx_packets": model.received,
+            "rx_drops": model.dropped,
+            "tx_packets": model.sent,
+        }
+        return [known.get(name, 0) for name in net.STATS[number]]
 
     def _guest_offloads(self, command: int, data: bytes) -> Result:
         if not self._has(net.F_CTRL_GUEST_OFFLOADS) or command != GUEST_OFFLOADS_SET or len(data) != 8:
