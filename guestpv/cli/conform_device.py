@@ -117,5 +117,5 @@ def show(found: Findings, verbose: int) -> None:
     from .tables import console
 
     out = console()
-    for part in found.text(everything=verbose > 0):
+    for part in found.text(verbose):
         out.print(part)

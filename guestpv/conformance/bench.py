@@ -93,7 +93,11 @@ class Bench:
         if parsed.scheme == "vhost-user":
             transport = opener.open(peer.spec)
         else:
-            transport = PciTransport(self._function(peer, case, fresh))
+            function = self.function(peer, case, fresh=fresh)
+            # Every case begins with the same look at the capabilities; it would hide what matters.
+            function.tell = lambda line: None
+            transport = PciTransport(function)
+            function.tell = case.note
         rig = None
         try:
             require_type(transport)
@@ -107,7 +111,12 @@ class Bench:
             raise
         return rig
 
-    def _function(self, peer: Peer, case: Case, fresh: bool) -> WatchedFunction:
+    def function(self, peer: Peer, case: Case, *, fresh: bool = False) -> WatchedFunction:
+        """The PCI function alone, for what is to be seen without driving it.
+
+        Raises:
+            UsageError: the device is no PCI function.
+        """
         if self._open and (fresh or self._open[0] != peer):
             self.lose()
         if self._open is None:
@@ -125,10 +134,13 @@ class Bench:
     def done(self, rig: Rig, *, lost: bool = False) -> None:
         """Take a device back from a case: reset it, or let it go where it is not in order."""
         try:
-            if lost:
-                rig.transport.abandon()
-            else:
+            if not lost:
+                rig.finish()
                 rig.transport.close()
+        except GuestpvError:
+            lost = True
+        try:
+            rig.transport.abandon()
         except GuestpvError:
             lost = True
         if lost:

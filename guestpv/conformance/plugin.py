@@ -3,7 +3,8 @@
 It is loaded where ``--device`` is given. A test is a check if it is marked with requirement ids; its
 docstring's first line is its title. Marks: ``requirement(*ids)``, ``device(*types)`` for checks of some
 device types only, ``hostile`` for malformed use, ``fresh`` for a device that nobody used before,
-``formats`` where the ring format matters and its options do not.
+``formats`` where the ring format matters and its options do not, ``ring(*features)`` for combinations with
+these.
 """
 
 from __future__ import annotations
@@ -50,6 +51,7 @@ def pytest_configure(config: pytest.Config) -> None:
         "device(*types): device types that the check is about, such as net",
         "hostile: gives the device what no driver may give it; only with --hostile",
         "fresh: needs a device that nobody used before",
+        "ring(*features): only feature combinations of rings that have all of these, such as in_order",
         "formats: only the two ring formats matter, not their options",
     ):
         config.addinivalue_line("markers", line)
@@ -70,6 +72,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     ids = _requirements(marks)
     types = {type for mark in marks if mark.name == "device" for type in mark.args}
     plain = any(mark.name == "formats" for mark in marks)
+    needed = ft.mask(ft.feature_bit(0, name) for mark in marks if mark.name == "ring" for name in mark.args)
     wants_ring = "combination" in metafunc.fixturenames
     cases: list[Any] = []
     for peer in metafunc.config.stash[PEERS]:
@@ -81,6 +84,10 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         rings: list[Combination | None] = [None]
         if wants_ring:
             rings = [ring for ring in facts.rings if not plain or ring.name in ("split", "packed")]
+            rings = [ring for ring in rings if ring and ring.features & needed == needed]
+            if not rings:
+                skip = pytest.mark.skip(reason="the device offers no such ring")
+                cases.append(pytest.param((peer, None), id=peer.name or "-", marks=skip))
         for ring in rings:
             name = "/".join(part for part in (peer.name, ring.name if ring else "") if part)
             cases.append(pytest.param((peer, ring), id=name or "-"))
@@ -175,9 +182,15 @@ def transport(rig: Rig) -> Transport:
 
 
 @pytest.fixture
-def function(rig: Rig) -> WatchedFunction:
-    """The PCI function behind the transport."""
-    return rig.function
+def function(request: pytest.FixtureRequest, peer: Peer, case: Case) -> WatchedFunction:
+    """The PCI function: the one behind ``rig``, or, without ``rig``, as it is, with nothing driving it."""
+    if "rig" in request.fixturenames:
+        behind: Rig = request.getfixturevalue("rig")
+        return behind.function
+    bench = request.config.stash[BENCH]
+    if not bench.facts(peer).pci:
+        case.not_observable("the device is no PCI function")
+    return bench.function(peer, case)
 
 
 @pytest.fixture

@@ -46,6 +46,10 @@ class Queue:
         self._next = 0
         self._ids = 0
 
+    def buffer(self, size: int, fill: bytes = b"") -> DmaBuffer:
+        """Memory that the device can reach."""
+        return self._rig.buffer(size, fill)
+
     # Making buffers available.
 
     def elements(

@@ -16,6 +16,9 @@ from .verdict import Outcome, Verdict
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
+LAST_LINES: Final = 8
+"""Lines of evidence in a text; the other formats have all of it."""
+
 STYLE: Final = {
     Verdict.PASS: "green",
     Verdict.FAIL: "bold red",
@@ -117,27 +120,35 @@ class Report:
             data["note"],
         )
 
-    def text(self, everything: bool = False) -> Sequence[RenderableType]:
+    def _groups(self) -> list[list[Outcome]]:
+        """What is bad, with the variants of a check that ended alike together."""
+        groups: dict[tuple[str, str, str], list[Outcome]] = {}
+        for outcome in self.outcomes:
+            if outcome.bad:
+                name = outcome.check.partition("[")[0] or " ".join(outcome.requirements)
+                groups.setdefault((name, outcome.verdict, outcome.seen), []).append(outcome)
+        return list(groups.values())
+
+    def text(self, verbose: int = 0) -> Sequence[RenderableType]:
         """What a terminal shows: what is bad in full, the rest counted.
 
         Args:
-            everything: also a line for each outcome.
+            verbose: 1: also a line for each outcome; 2: all evidence.
         """
         from rich.markup import escape
         from rich.table import Table
         from rich.text import Text
 
         parts: list[RenderableType] = []
-        if everything:
+        if verbose:
             for outcome in self.outcomes:
                 style = STYLE[outcome.verdict]
                 reason = f"  [dim]{escape(outcome.seen)}[/]" if outcome.verdict is not Verdict.PASS else ""
                 parts.append(
                     Text.from_markup(f"[{style}]{outcome.verdict:<14}[/] {escape(outcome.check)}{reason}")
                 )
-        for outcome in self.outcomes:
-            if outcome.bad:
-                parts.append(Text.from_markup(_in_full(outcome)))
+        for group in self._groups():
+            parts.append(Text.from_markup(_in_full(group, verbose > 1)))
         table = Table("area", *(verdict.value for verdict in Verdict if verdict in self.counts), box=None)
         areas: dict[str, Counter[Verdict]] = {}
         for outcome in self.outcomes:
@@ -182,9 +193,10 @@ def _place(requirement: str) -> tuple[str, int]:
     return find(requirement).area + name, int(number)
 
 
-def _in_full(outcome: Outcome) -> str:
+def _in_full(group: list[Outcome], everything: bool) -> str:
     from rich.markup import escape
 
+    outcome = group[0]
     style = STYLE[outcome.verdict]
     lines = [
         f"[{style}]{outcome.verdict}[/] [bold]{escape(outcome.title)}[/]"
@@ -193,5 +205,9 @@ def _in_full(outcome: Outcome) -> str:
     for name in ("sent", "seen", "reproduce"):
         if text := getattr(outcome, name):
             lines.append(f"  {name:<9} {escape(text)}")
-    lines += [f"  [dim]{escape(line)}[/]" for line in outcome.evidence]
+    if len(group) > 1:
+        others = (other.check.partition("[")[2].rstrip("]") for other in group[1:])
+        lines.append(f"  also      {escape(' '.join(others))}")
+    evidence = outcome.evidence if everything else outcome.evidence[-LAST_LINES:]
+    lines += [f"  [dim]{escape(line)}[/]" for line in evidence]
     return "\n".join(lines) + "\n"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,8 +11,10 @@ from typing import Final
 from ..errors import UsageError
 from ..memory import DmaBuffer
 from ..spec import features as ft
-from ..transport.base import FeatureFilter, Transport
+from ..spec.pci import CfgType
+from ..transport.base import DEFAULT_QUEUE_SIZE, FeatureFilter, Transport
 from ..transport.pci import PciTransport
+from ..virtqueue.queue import Virtqueue
 from .case import Case
 from .queue import Queue
 from .requests import WORK, Work
@@ -84,6 +87,7 @@ class Rig:
         self.case = case
         self.synchronous = synchronous
         self.limit = 1.0 if synchronous else LIMIT
+        self._rings: list[Virtqueue] = []
         self.work: Work = WORK[transport.device_type](self)
 
     # What only a PCI function has.
@@ -125,6 +129,34 @@ class Rig:
         """Make and enable a queue, after ``negotiate``."""
         return Queue(self, self.transport.make_queue(index, size), self.transport.features)
 
+    def queue_with_vector(
+        self, index: int, vector: int, size: int | None = None, *, enable: bool = True
+    ) -> Queue:
+        """Make a queue by registers alone, with this MSI-X vector; the eventfd is the vector's.
+
+        Args:
+            index: queue number.
+            vector: MSI-X vector, one of ``function.vectors``, or NO_VECTOR.
+            size: entries; the device's maximum, at most 256, when not given.
+            enable: whether to write queue_enable, too.
+        """
+        common, vectors = self.pci.common, self.function.vectors
+        common.write("queue_select", index)
+        size = size or min(common.read("queue_size"), DEFAULT_QUEUE_SIZE)
+        features = self.transport.features
+        fd = vectors[vector] if vector < len(vectors) else None
+        kick = self.pci.doorbell(index, features)
+        ring = Virtqueue(index, size, features, self.transport.pool, kick, interrupt_fd=fd)
+        self._rings.append(ring)
+        common.write("queue_size", size)
+        common.write("queue_msix_vector", vector)
+        common.write("queue_desc", ring.addresses.desc)
+        common.write("queue_driver", ring.addresses.driver)
+        common.write("queue_device", ring.addresses.device)
+        if enable:
+            common.write("queue_enable", 1)
+        return Queue(self, ring, features)
+
     def start(self, ring: int = 0, size: int | None = None) -> Queue:
         """Negotiate, make every queue that the device type needs, set DRIVER_OK. Returns the main queue."""
         self.negotiate(self.features_for(ring))
@@ -144,6 +176,12 @@ class Rig:
         queue.run(request.readable, request.writable)
         request.check()
         self.transport.reset(self.limit)
+
+    def finish(self) -> None:
+        """Reset the device and give back the rings that were made here."""
+        self.transport.reset(self.limit)
+        while self._rings:
+            self._rings.pop().close()
 
     # Memory.
 
@@ -178,6 +216,36 @@ class Rig:
             if self.clock() >= end:
                 raise AssertionError(f"no {what}" + ("" if self.synchronous else f" within {limit:g} s"))
             self.pause()
+
+    def config_changes(self) -> int:
+        """Configuration change notifications since the last call; the case ends without their interrupt."""
+        fd = self.transport.config_fd
+        if fd is None:
+            self.case.not_observable("configuration changes have no interrupt here")
+        try:
+            return os.eventfd_read(fd)
+        except BlockingIOError:
+            return 0
+
+    def wait_config_change(self) -> None:
+        """Wait for a configuration change notification.
+
+        Raises:
+            AssertionError: none came.
+        """
+        self.wait(lambda: self.config_changes() > 0, "configuration change notification")
+
+    def vector_events(self, vector: int) -> int:
+        """Messages of an MSI-X vector since the last call, as far as the eventfd counts them."""
+        try:
+            return os.eventfd_read(self.function.vectors[vector])
+        except BlockingIOError:
+            return 0
+
+    def isr(self) -> int:
+        """Read the ISR status, which clears it (4.1.4.5)."""
+        place = next(found for found in self.pci.capabilities if found.cfg_type == CfgType.ISR)
+        return self.function.bar(place.bar).read(place.offset, 1)
 
     def settle(self) -> None:
         """Give the device time for what it must not do; too short a time makes no fault."""

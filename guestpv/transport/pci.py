@@ -129,7 +129,7 @@ class PciTransport(Transport):
     def set_up_queue(self, index: int, size: int, features: int) -> Virtqueue:
         common = self.common
         common.write("queue_select", index)
-        kick = self._kick(index, features)
+        kick = self.doorbell(index, features)
         queue = Virtqueue(
             index,
             size,
@@ -158,7 +158,12 @@ class PciTransport(Transport):
             raise
         return queue
 
-    def _kick(self, index: int, features: int) -> Kick:
+    def doorbell(self, index: int, features: int) -> Kick:
+        """How queue ``index``, which is selected, is notified with these features (4.1.4.4, 4.1.5.2).
+
+        Raises:
+            DeviceViolation: the device's structures have no room for it.
+        """
         offset = self.common.read("queue_notify_off") * self._notify.extra
         width = 4 if features >> feat.F_NOTIFICATION_DATA & 1 else 2
         if offset + width > self._notify.length:
