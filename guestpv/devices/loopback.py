@@ -17,6 +17,7 @@ from .models.blk import Blk
 from .models.blk_store import Store
 from .models.blk_volatile import VolatileStore
 from .models.blk_zoned import ZonedBlk
+from .models.console import Console
 from .models.net import Net
 from .models.rng import Rng
 from .models.wire import SOCKETS, echo
@@ -156,11 +157,19 @@ def _balloon(params: Params, depth: int) -> Model:
     return model
 
 
+def _console(params: Params, depth: int) -> Model:
+    model = Console(params.number("cols", 80), params.number("rows", 25), depth)
+    if params.switch("echo", True):
+        model.peer = model.type
+    return model
+
+
 MODELS: dict[str, Callable[[Params, int], Model]] = {
     "rng": _rng,
     "net": _net,
     "blk": _blk,
     "balloon": _balloon,
+    "console": _console,
 }
 
 
@@ -168,7 +177,7 @@ def open_function(body: str, params: dict[str, str]) -> SoftwareFunction:
     """A software function for ``loopback:BODY?key=value&...``.
 
     Args:
-        body: device type: ``rng``, ``net``, ``blk``, ``balloon``.
+        body: device type: ``rng``, ``net``, ``blk``, ``balloon``, ``console``.
         params: for every type:
 
             - ``packed``, ``indirect_desc``, ``event_idx``, ``in_order``, ``order_platform``,
@@ -199,6 +208,8 @@ def open_function(body: str, params: dict[str, str]) -> SoftwareFunction:
             (bytes), ``granularity`` (bytes).
 
             ``balloon``: ``target`` in 4096-byte pages.
+
+            ``console``: ``cols``, ``rows``, ``echo`` (``on``: what is sent comes back).
 
     Raises:
         UsageError: device type or parameter unknown, or a value makes no sense.

@@ -21,6 +21,7 @@ class Model:
     overrides ``handle``, or ``serve`` where a kick does not mean "a request is there".
 
     Attributes:
+        written_early: configuration fields that may be written before FEATURES_OK.
         offered: feature bits of the device type's own that it offers.
         config: values of the configuration fields by name; bytes for fields of several elements.
         depth: queue size offered for every queue.
@@ -30,6 +31,7 @@ class Model:
     device_type: ClassVar[int]
     pci_class: ClassVar[int] = 0x00FF00
     layout: ClassVar[Layout | None] = None
+    written_early: ClassVar[frozenset[str]] = frozenset()
 
     def __init__(self, depth: int = DEFAULT_QUEUE_SIZE) -> None:
         self.offered = 0

@@ -369,7 +369,8 @@ class VirtioRegisters:
         field = self._config_field(offset, width, "write")
         name = field.name if field else "device configuration"
         device.journal.record(Event("write", name, offset, width, value))
-        if not device.status & Status.FEATURES_OK:
+        early = field is not None and field.name in device.model.written_early
+        if not device.status & Status.FEATURES_OK and not early:
             device.find("DRV-INIT-05", "written before FEATURES_OK", name)
         elif field is None or not field.writable:
             rule = "DRV-NET-01" if device.model.device_type == ft.NET else ""

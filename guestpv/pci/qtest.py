@@ -197,7 +197,8 @@ class QtestFunction:
 
 
 PARAMETERS = (
-    "blockdev, netdev, object, chardev, machine, accel, qemu, memory, vectors, root_port, answer_limit; "
+    "blockdev, netdev, object, chardev, attach, machine, accel, qemu, memory, vectors, root_port, "
+    "answer_limit; "
     "and to join a QEMU that runs: join, qmp, memory_path, answer_limit"
 )
 
@@ -216,6 +217,8 @@ def open_function(body: str, params: Mapping[str, str]) -> QtestFunction:
             ``node-name`` or ``id`` it gets one, and the device is attached to it by its property
             ``drive``, ``netdev``, ``iothread`` (an ``object=iothread``), ``rng`` (an ``object=rng-...``) or
             ``chardev``, unless the body has that property.
+            ``attach``: a further ``-device``, on the bus that the device brings; a ``chardev`` is its then:
+            ``qtest:virtio-serial-pci?attach=virtconsole&chardev=null``.
             ``machine``: ``q35`` (default) or ``pc`` or a versioned one. ``accel``: ``tcg`` (default).
             ``qemu``: path of qemu-system-x86_64. ``memory``: MiB of guest RAM (256).
             ``vectors``: MSI-X vectors that can be enabled (32). ``root_port=1``: behind a PCI Express root
@@ -239,6 +242,7 @@ def open_function(body: str, params: Mapping[str, str]) -> QtestFunction:
     left = dict(params)
     device = body
     options: list[str] = []
+    attached = left.pop("attach", "")
     for option, naming, prop in (
         ("blockdev", "node-name", "drive"),
         ("netdev", "id", "netdev"),
@@ -253,7 +257,9 @@ def open_function(body: str, params: Mapping[str, str]) -> QtestFunction:
         named = re.search(rf",{naming}=([^,]+)", f",{text}")
         name = named[1] if named else f"{option}0"
         options += [f"-{option}", text if named else f"{text},{naming}={name}"]
-        if prop and f",{prop}=" not in device:
+        if option == "chardev" and attached:
+            attached += f",{prop}={name}"
+        elif prop and f",{prop}=" not in device:
             device += f",{prop}={name}"
     machine, accel = left.pop("machine", "q35"), left.pop("accel", "tcg")
     executable = left.pop("qemu", DEFAULT_EXECUTABLE)
@@ -267,6 +273,7 @@ def open_function(body: str, params: Mapping[str, str]) -> QtestFunction:
         [device],
         options,
         root_ports=bool(root_port),
+        attached=[attached] if attached else [],
         vectors=vectors,
         machine=machine,
         accel=accel,

@@ -105,6 +105,7 @@ class QtestMachine(QtestHost):
         options: further command line arguments (``-blockdev``, ``-netdev``, ``-object``, ...).
         root_ports: put each device behind a PCI Express root port of its own, which gives it function
             level reset; q35 only.
+        attached: ``-device`` strings of what hangs on a bus that one of the devices brings.
         vectors: MSI-X vectors that all functions together can have.
         machine, accel, executable, memory, pass_fds, answer_limit: as for ``Qemu``.
 
@@ -123,6 +124,7 @@ class QtestMachine(QtestHost):
         options: Sequence[str] = (),
         *,
         root_ports: bool = False,
+        attached: Sequence[str] = (),
         vectors: int = 32,
         machine: str = "q35",
         accel: str = "tcg",
@@ -144,6 +146,8 @@ class QtestMachine(QtestHost):
                 ]
                 place = f"bus=port{number},addr=0"
             arguments += ["-device", f"{device},{place}"]
+        for device in attached:
+            arguments += ["-device", device]
         self._doorbell = _Doorbell(vectors)
         try:
             qemu = Qemu(
