@@ -9,6 +9,7 @@ these.
 
 from __future__ import annotations
 
+import fnmatch
 import functools
 import inspect
 import shlex
@@ -53,6 +54,7 @@ def pytest_configure(config: pytest.Config) -> None:
         "fresh: needs a device that nobody used before",
         "ring(*features): only feature combinations of rings that have all of these, such as in_order",
         "formats: only the two ring formats matter, not their options",
+        "rings(*patterns): feature combinations of rings that the check is about, such as split-*",
     ):
         config.addinivalue_line("markers", line)
     config.stash[BENCH] = Bench()
@@ -73,6 +75,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     types = {type for mark in marks if mark.name == "device" for type in mark.args}
     plain = any(mark.name == "formats" for mark in marks)
     needed = ft.mask(ft.feature_bit(0, name) for mark in marks if mark.name == "ring" for name in mark.args)
+    patterns = [mark.args for mark in marks if mark.name == "rings"]
     wants_ring = "combination" in metafunc.fixturenames
     cases: list[Any] = []
     for peer in metafunc.config.stash[PEERS]:
@@ -83,14 +86,19 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
             continue
         rings: list[Combination | None] = [None]
         if wants_ring:
-            rings = [ring for ring in facts.rings if not plain or ring.name in ("split", "packed")]
+            rings = [
+                ring
+                for ring in facts.rings
+                if (not plain or ring.name in ("split", "packed"))
+                and all(any(fnmatch.fnmatch(ring.name, one) for one in some) for some in patterns)
+            ]
             rings = [ring for ring in rings if ring and ring.features & needed == needed]
             if not rings:
                 skip = pytest.mark.skip(reason="the device offers no such ring")
-                cases.append(pytest.param((peer, None), id=peer.name or "-", marks=skip))
+                cases.append(pytest.param((peer, None), id=peer.name or "device", marks=skip))
         for ring in rings:
             name = "/".join(part for part in (peer.name, ring.name if ring else "") if part)
-            cases.append(pytest.param((peer, ring), id=name or "-"))
+            cases.append(pytest.param((peer, ring), id=name or "device"))
     metafunc.parametrize("peer", cases, indirect=True, scope="function")
 
 

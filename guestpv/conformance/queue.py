@@ -131,10 +131,11 @@ class Queue:
     def _used_split(self) -> list[tuple[int, int]]:
         found: list[tuple[int, int]] = self.raw.used_entries()
         if self.features >> ft.F_IN_ORDER & 1 and len(found) > 1:
-            # Entries between may be stale: the last one that is written tells how far the device is.
             ids = list(self.outstanding)[: len(found)]
-            lengths = dict(found)
-            found = [(id, lengths.get(id, 0)) for id in ids]
+            if {id for id, _ in found} != set(ids):
+                # Some entries were not written: the batch tells how far the device is.
+                lengths = dict(found)
+                found = [(id, lengths.get(id, 0)) for id in ids]
         for id, _ in found:
             self.outstanding.pop(id, None)
         return found

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -20,8 +21,8 @@ CAUGHT = (Verdict.FAIL, Verdict.WEDGED)
 
 
 def name_of(outcome: Outcome) -> str:
-    """The broken peer that a case ran on: ``test_x.py::test_y[NAME/split]``."""
-    return outcome.check.partition("[")[2].rstrip("]").partition("/")[0]
+    """The broken peer that a case ran on: ``test_x.py::test_y[NAME/split-...]``."""
+    return re.split("[]/-]", outcome.check.partition("[")[2])[0]
 
 
 def kills(outcomes: Iterable[Outcome], peers: list[Peer]) -> dict[tuple[str, str], set[str]]:
