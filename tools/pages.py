@@ -50,7 +50,7 @@ def blocks(page: Path, part: str = "") -> Iterator[Block]:
 
 
 def run(block: Block, names: dict[str, object], page: Path, *changes: tuple[str, str]) -> str:
-    """Run a block among ``names``, texts in it replaced; returns what it printed, without the last newline."""
+    """Run a block among ``names``, texts in it replaced; returns what it printed, less the last newline."""
     code = block.code
     for old, new in changes:
         code = code.replace(old, new)
