@@ -25,6 +25,7 @@ import pytest
 from ..errors import DeviceGone, DeviceViolation, FeaturesRefused, GuestpvError, TimeLimit, UsageError
 from ..spec import features as ft
 from ..transport.base import Transport
+from ..transport.pci import PciTransport
 from . import catalogue
 from .bench import Bench, Facts, Peer
 from .case import Case, CaseTimeout, NotObservable
@@ -302,6 +303,9 @@ def _judge(item: pytest.Item, call: pytest.CallInfo[None]) -> Outcome:
     if trouble := _give_back(item, probe=verdict in BAD or item.get_closest_marker("hostile") is not None):
         seen = f"{seen}; then: {trouble}" if seen else trouble
         verdict = Verdict.WEDGED
+    elif verdict is Verdict.WEDGED:
+        # It went away and is back: a back end may end a connection that it cannot make sense of.
+        verdict = Verdict.REJECT if item.get_closest_marker("hostile") else Verdict.FAIL
     elif verdict is Verdict.PASS and case.refusal:
         verdict, seen = Verdict.REJECT, case.refusal
     ids = requirements(item)
@@ -357,8 +361,24 @@ def _give_back(item: pytest.Item, *, probe: bool = False, lost: bool = False) ->
             rig.transport.reset(rig.limit)
     except (AssertionError, GuestpvError, CaseTimeout) as error:
         trouble = f"the device does not come back after a reset: {str(error).splitlines()[0]}"
-    item.config.stash[BENCH].done(rig, lost=bool(trouble or probe or lost))
+    bench = item.config.stash[BENCH]
+    bench.done(rig, lost=bool(trouble or probe or lost))
+    if trouble and not isinstance(rig.transport, PciTransport):
+        trouble = _comes_back(bench, Peer(rig.spec)) and trouble
     return trouble
+
+
+def _comes_back(bench: Bench, peer: Peer) -> str:
+    """Whether a device that can be connected to again works then: an empty string if so."""
+    try:
+        rig = bench.rig(peer, Case("again"))
+        try:
+            rig.works()
+        finally:
+            bench.done(rig)
+    except (AssertionError, GuestpvError) as error:
+        return str(error)
+    return ""
 
 
 def _text(outcome: Outcome) -> str:

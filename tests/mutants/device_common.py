@@ -416,3 +416,9 @@ def queue_reset_resets_the_device(function: SoftwareFunction) -> None:
         return reset
 
     replace(function.registers, "_write_queue_reset", make)
+
+
+@mutant("DEV-FEAT-15")
+def offers_sr_iov_without_having_it(function: SoftwareFunction) -> None:
+    """SR_IOV without the capability."""
+    function.device.offered |= 1 << ft.F_SR_IOV

@@ -12,6 +12,12 @@ from guestpv.spec import pci
 from guestpv.spec.status import Status
 
 
+@pytest.fixture(autouse=True)
+def status_is_the_devices_own(rig: Rig) -> None:
+    """Over vhost-user the front end keeps the status and starts and stops the rings by itself."""
+    assert rig.pci
+
+
 def reset(rig: Rig) -> None:
     """Reset by the status register alone, so that queues and their memory stay to be looked at."""
     rig.case.sent("0 to device_status")

@@ -11,6 +11,13 @@ from guestpv.conformance.rig import Rig
 from guestpv.spec import pci
 from guestpv.spec.status import Status
 
+
+@pytest.fixture(autouse=True)
+def status_is_the_devices_own(rig: Rig) -> None:
+    """Over vhost-user the front end keeps the status and starts and stops the rings by itself."""
+    assert rig.pci
+
+
 DEFINED = 0xFF & ~0x20
 STEPS = (
     Status.ACKNOWLEDGE,
