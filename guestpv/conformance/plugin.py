@@ -12,6 +12,7 @@ from __future__ import annotations
 import fnmatch
 import functools
 import inspect
+import json
 import shlex
 import signal
 import threading
@@ -285,7 +286,7 @@ def pytest_runtest_makereport(
         _give_back(item, lost=report.failed)
         return report
     outcome = _judge(item, call)
-    report.user_properties.append((PROPERTY, outcome.to_dict()))
+    report.user_properties.append((PROPERTY, json.dumps(outcome.to_dict())))
     if outcome.verdict in BAD:
         report.outcome = "failed"
         report.longrepr = _text(outcome) if outcome.verdict is not Verdict.ERROR else report.longrepr
@@ -396,9 +397,8 @@ def pytest_report_header(config: pytest.Config) -> str:
     return f"device: {config.getoption('--device')}"
 
 
-def outcomes_of(reports: Iterator[pytest.TestReport]) -> Iterator[Outcome]:
-    """The outcomes that test reports carry."""
-    for report in reports:
-        for name, value in report.user_properties:
-            if name == PROPERTY and isinstance(value, dict):
-                yield Outcome.from_dict(value)
+def outcomes_of(report: pytest.TestReport) -> Iterator[Outcome]:
+    """The outcome that a test's report carries, wherever it was made."""
+    for name, value in report.user_properties:
+        if name == PROPERTY and report.when != "teardown":
+            yield Outcome.from_dict(json.loads(str(value)))

@@ -76,6 +76,9 @@ def run(
         raise UsageError("no check was selected", hint="guestpv conform device SPEC --select DEV-PCI")
     if status == pytest.ExitCode.INTERRUPTED:
         raise KeyboardInterrupt
+    if status == pytest.ExitCode.USAGE_ERROR:
+        problem = [line for line in said.getvalue().splitlines() if line.startswith("ERROR: ")]
+        raise UsageError(problem[-1].removeprefix("ERROR: ") if problem else said.getvalue().strip())
     if status not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):
         last = [line for line in said.getvalue().splitlines() if line.strip()][-20:]
         raise GuestpvError("the checks could not run: " + "\n".join(last))
@@ -90,7 +93,8 @@ class _Collector:
         self._tell = tell
 
     def pytest_runtest_logreport(self, report: Any) -> None:
-        for name, value in report.user_properties:
-            if name == "guestpv.outcome" and report.when != "teardown":
-                self.outcomes.append(Outcome.from_dict(value))
-                self._tell(self.outcomes[-1])
+        from .plugin import outcomes_of
+
+        for outcome in outcomes_of(report):
+            self.outcomes.append(outcome)
+            self._tell(outcome)
