@@ -5,15 +5,17 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
+import time
 from typing import Any
 
 from ..core._core import ffi, lib
-from ..drivers.net import RECEIVE_OFFLOADS, SEND_OFFLOADS, Net
+from ..drivers.net import FILTERS, RECEIVE_OFFLOADS, SEND_OFFLOADS, Net
 from ..drivers.net_port import NetPort
 from ..errors import DeviceViolation, GuestpvError
 from ..spec.status import Status
 from ..system import SYSTEM
 from ..transport.base import Transport
+from .link_follow import LinkFollower, speed_text
 from .tap import Tap
 
 DEFAULT_NAME = "pv%d"
@@ -73,6 +75,7 @@ class Pump:
         live = lib.gpv_pump_counters(self._pump)
         result = self.port.counters
         result |= {name: int(getattr(live, name)) for name in COUNTERS}
+        result["rx_dropped"] += result["rx_malformed"]
         for way, queue in (("rx", self.port.rx), ("tx", self.port.tx)):
             result[f"{way}_kicks"] = int(lib.gpv_kicks(queue.handle))
             result[f"{way}_outstanding"] = int(lib.gpv_outstanding(queue.handle))
@@ -113,13 +116,17 @@ class NetService:
         self.transport = transport
         self.pumps: list[Pump] = []
         self._tap: Tap | None = None
+        self._follower: LinkFollower | None = None
         self._last: dict[str, Any] = {}
         self._closed = False
         try:
             if poll:
                 transport.mode = "poll"
             self.net = Net(
-                transport, queue_pairs=queue_pairs, offloads=RECEIVE_OFFLOADS | SEND_OFFLOADS, started=False
+                transport,
+                queue_pairs=queue_pairs,
+                offloads=RECEIVE_OFFLOADS | SEND_OFFLOADS | FILTERS,
+                started=False,
             )
             self._tap = Tap(
                 ifname or DEFAULT_NAME,
@@ -129,11 +136,10 @@ class NetService:
                 header_size=self.net.header_size,
                 features=self.net.features,
             )
-            self.link_up = self.net.link_up
-            self._tap.set_carrier(self.link_up)
             for port, fd in zip(self.net.pairs, self._tap.fds, strict=True):
                 self.pumps.append(Pump(port, fd, spin=poll))
             self._tap.up()
+            self._follower = LinkFollower(self.net, self._tap)
             for pump in self.pumps:
                 pump.start()
         except BaseException:
@@ -144,6 +150,11 @@ class NetService:
     def ifname(self) -> str:
         """Name of the TAP link."""
         return self._tap.name if self._tap else ""
+
+    @property
+    def link_up(self) -> bool:
+        """Whether the device said that its link is up when it was last asked."""
+        return self._follower is not None and self._follower.state.up
 
     @property
     def mac(self) -> str:
@@ -169,16 +180,25 @@ class NetService:
 
         Returns:
             What happened: ``link up``, ``link down``, ``release requested`` (the host unplugs the
-            function or somebody unbinds it), ``bus error``. Empty when nothing did.
+            function or somebody unbinds it), ``bus error``, what was done to the link, what the device
+            refused. Empty when nothing did.
 
         Raises:
             DeviceGone: the function is gone.
             DeviceViolation: the device broke a queue or asks to be reset.
             GuestpvError: the TAP link failed.
         """
-        config = self.transport.config_fd
+        deadline = time.monotonic() + timeout
+        while True:
+            events, woken = self._look_after(max(0.0, deadline - time.monotonic()), wake_fd)
+            if events or woken or time.monotonic() >= deadline:
+                return events
+
+    def _look_after(self, timeout: float, wake_fd: int | None) -> tuple[list[str], bool]:
+        assert self._follower is not None
+        config, link = self.transport.config_fd, self._follower.fileno()
         request, error = self.transport.release_fds()
-        fds = [fd for fd in (config, request, error, wake_fd) if fd is not None]
+        fds = [fd for fd in (config, link, request, error, wake_fd) if fd is not None]
         ready = SYSTEM.poll(fds, timeout if config is not None else min(timeout, LINK_POLL))
         events = []
         for fd, text in ((request, "release requested"), (error, "bus error")):
@@ -192,10 +212,13 @@ class NetService:
         # With an interrupt for changes the registers are left alone until it comes: each look is an exit.
         if not events and (config is None or config in ready):
             self._check_device()
-            events += self._follow_link()
+            events += self._follower.device_changed()
+        if link in ready:
+            events += self._follower.link_changed()
+        events += self._follower.troubles()
         for pump in self.pumps:
             pump.check()
-        return events
+        return events, wake_fd in ready
 
     def _check_device(self) -> None:
         if self.transport.status & Status.NEEDS_RESET:
@@ -205,19 +228,11 @@ class NetService:
                 where=self.transport.name,
             )
 
-    def _follow_link(self) -> list[str]:
-        up = self.net.link_up
-        if up == self.link_up or self._tap is None:
-            return []
-        self.link_up = up
-        self._tap.set_carrier(up)
-        return ["link up" if up else "link down"]
-
     def stats(self) -> dict[str, Any]:
         """Counters in all and for every queue pair; after ``close`` the last ones.
 
-        ``{"mode", "link", "rx": {"packets", "bytes", "dropped", "interrupts", "kicks"}, "tx": {...},
-        "queues": [...]}`` with rx from device to link.
+        ``{"mode", "link", "mac", "speed", "rx": {"packets", "bytes", "dropped", "interrupts", "kicks"}, "tx":
+        {...}, "queues": [...]}`` with rx from device to link; ``dropped`` has the malformed ones in it.
         """
         if self._closed:
             return self._last
@@ -226,6 +241,8 @@ class NetService:
         return {
             "mode": self.transport.mode,
             "link": "up" if self.link_up else "down",
+            "mac": self.mac,
+            "speed": speed_text(self._follower.state) if self._follower else "unknown",
             **{way: {n: sum(q[f"{way}_{n}"] for q in queues) for n in names} for way in ("rx", "tx")},
             "queues": queues,
         }
@@ -238,6 +255,8 @@ class NetService:
             stack.callback(self.transport.close)
             if self._tap is not None:
                 stack.callback(self._tap.close)
+            if self._follower is not None:
+                stack.callback(self._follower.close)
             for pump in self.pumps:
                 pump.stop()
             if self.pumps and self._tap is not None:

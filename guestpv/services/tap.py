@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import errno
 import os
+import socket
 import struct
 from types import TracebackType
 from typing import Any, Final, Self
@@ -19,6 +22,13 @@ TUNSETIFF: Final = 0x400454CA
 TUNSETVNETHDRSZ: Final = 0x400454D8
 TUNSETOFFLOAD: Final = 0x400454D0
 TUNSETCARRIER: Final = 0x400454E2
+
+SIOCETHTOOL: Final = 0x8946
+ETHTOOL_SSET: Final = 2
+ETHTOOL_CMD: Final = struct.Struct("=I8xHB13xH14x")
+"""``struct ethtool_cmd``: cmd, speed, duplex, speed_hi."""
+SPEED_UNKNOWN: Final = 0xFFFFFFFF
+DUPLEX_UNKNOWN: Final = 0xFF
 
 IFF_TAP: Final = 0x0002
 IFF_NO_PI: Final = 0x1000
@@ -86,14 +96,15 @@ class Tap:
         self.fds: list[int] = []
         self.name = name
         self.mtu = mtu
+        self.ifindex = 0
         try:
             for _ in range(queues):
                 self._attach(queues, header_size)
             self._set_offloads(offload_flags(features))
             with _route() as route:
-                index = self._index(route)
-                route.link("set", index=index, address=mac.hex(":"))
-                route.link("set", index=index, mtu=mtu)
+                self.ifindex = int(route.link_lookup(ifname=self.name)[0])
+                route.link("set", index=self.ifindex, address=mac.hex(":"))
+                route.link("set", index=self.ifindex, mtu=mtu)
         except BaseException:
             self.close()
             raise
@@ -138,13 +149,34 @@ class Tap:
                     raise
         raise GuestpvError(f"the kernel refuses the TAP offloads {flags:#x}", where="TUNSETOFFLOAD")
 
-    def _index(self, route: Any) -> int:
-        return int(route.link_lookup(ifname=self.name)[0])
-
     def up(self) -> None:
         """Set the interface administratively up."""
         with _route() as route:
-            route.link("set", index=self._index(route), state="up")
+            route.link("set", index=self.ifindex, state="up")
+
+    def set_mtu(self, mtu: int) -> None:
+        """Set the interface's MTU in bytes."""
+        from pyroute2.netlink.exceptions import NetlinkError
+
+        try:
+            with _route() as route:
+                route.link("set", index=self.ifindex, mtu=mtu)
+        except NetlinkError as error:
+            raise GuestpvError(
+                f"the kernel does not take an MTU of {mtu}: {error}", where=self.name
+            ) from error
+        self.mtu = mtu
+
+    def set_speed(self, speed: int | None, duplex: str | None) -> None:
+        """Have ``ethtool`` and bonds see this speed in Mbit/s; None where it is unknown."""
+        value = SPEED_UNKNOWN if speed is None else speed
+        shown = {"half": 0, "full": 1}.get(duplex or "", DUPLEX_UNKNOWN)
+        command = bytearray(ETHTOOL_CMD.pack(ETHTOOL_SSET, value & 0xFFFF, shown, value >> 16))
+        memory = (ctypes.c_char * len(command)).from_buffer(command)
+        request = bytearray(struct.pack("16sQ16x", self.name.encode(), ctypes.addressof(memory)))
+        # It is for show, and a link in another namespace cannot be reached: no reason to stop.
+        with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as any_socket:
+            self._system.ioctl(any_socket.fileno(), SIOCETHTOOL, request)
 
     def set_carrier(self, up: bool) -> None:
         """Show the device's link state as the interface's carrier."""
