@@ -21,8 +21,11 @@ GRAIN: Final = HUGE_BYTES >> spec.PAGE_SHIFT
 """The balloon grows by no less at a time, unless less is missing: requests cost more than pages."""
 DEFAULT_RATE: Final = 256 << 20
 """Bytes a second that the balloon grows by at most. It shrinks as fast as it can."""
-CHUNKS_PER_GUEST: Final = 4096
-"""A chunk is this part of the guest's memory, so that the number of mappings is bounded for any guest."""
+CHUNKS_PER_GUEST: Final = (256, 4096)
+"""A chunk is no more than the first part of the guest's memory, so that little lies between host and kernel,
+and no less than the second, so that the number of mappings is bounded for any guest."""
+QUICK_CHUNK: Final = 8 << 20
+"""Chunks of this size make most of what a mapping costs whatever its size; larger ones gain little."""
 CALM: Final = 10.0
 """Seconds without pressure before the balloon grows again."""
 FASTEST_HOG: Final = 1 << 30
@@ -38,7 +41,8 @@ def default_keep_free(total: int) -> int:
 
 def chunk_bytes(total: int) -> int:
     """Size of a chunk for a guest with ``total`` bytes: a power of two, at least a huge page."""
-    return max(HUGE_BYTES, 1 << (total // CHUNKS_PER_GUEST - 1).bit_length())
+    most, least = (1 << (total // part - 1).bit_length() for part in CHUNKS_PER_GUEST)
+    return max(HUGE_BYTES, min(QUICK_CHUNK, most), least)
 
 
 class BalloonService:
@@ -73,9 +77,9 @@ class BalloonService:
             self.pressure = Pressure(system)
             total = self.pressure.total
             self.keep_free = default_keep_free(total) if keep_free is None else keep_free
-            self.balloon = Balloon(
-                transport, chunk_bytes=chunk_bytes(total), poison=self._poison, system=system
-            )
+            size = chunk_bytes(total)
+            self._chunk = size >> spec.PAGE_SHIFT
+            self.balloon = Balloon(transport, chunk_bytes=size, poison=self._poison, system=system)
         except BaseException:
             with contextlib.suppress(AttributeError):
                 self.pressure.close()
@@ -116,7 +120,8 @@ class BalloonService:
         statsq = self.balloon.statsq
         statistics = statsq.interrupt_fd if statsq is not None else None
         watched = [
-            fd for fd in (config, request, error, wake_fd, statistics, self.pressure.fd) if fd is not None
+            self.pressure.fd,
+            *(fd for fd in (config, request, error, wake_fd, statistics) if fd is not None),
         ]
         deadline = self._system.monotonic() + timeout
         events: list[str] = []
@@ -201,11 +206,15 @@ class BalloonService:
         if now < self._calm_at:
             self._hold(f"waiting for {CALM:g} s without memory pressure", events)
             return False
-        spare = (self._available - self.keep_free) >> spec.PAGE_SHIFT
-        if spare < GRAIN:
-            self._hold(f"{mib(self.keep_free >> spec.PAGE_SHIFT)} stay free for the guest", events)
-            return False
         missing = self.target - self.balloon.pages
+        # Memory comes by the chunk, and all of it has to be spare.
+        chunks = max(0, self._available - self.keep_free) // (self._chunk << spec.PAGE_SHIFT)
+        spare = self.balloon.free_pages + chunks * self._chunk
+        if spare < min(missing, GRAIN):
+            group = self.pressure.limited_by
+            owner = f"below the limit of {group}" if group else "for the guest"
+            self._hold(f"{mib(self.keep_free >> spec.PAGE_SHIFT)} stay free {owner}", events)
+            return False
         pages = min(missing, spare, STEP, int(self._credit))
         if pages < min(missing, GRAIN):
             return False
@@ -261,6 +270,7 @@ class BalloonService:
             "held": self._held,
             "memory": {
                 "available_bytes": self._available,
+                "limited_by": self.pressure.limited_by or None,
                 "keep_free_bytes": self.keep_free,
                 "pressure_avg10": self.pressure.average(),
                 "alarms": self._alarms,

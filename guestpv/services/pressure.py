@@ -1,4 +1,4 @@
-"""How short of memory the guest is: what is available, and the kernel's own alarm (PSI)."""
+"""How short of memory the guest is: what is available, the kernel's own alarm (PSI), limits of cgroups."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Final
 
 from ..drivers.balloon_statistics import read_counters
 from ..system import SYSTEM, System
+from .memory_cgroup import MemoryCgroups
 
 PSI_PATH: Final = "/proc/pressure/memory"
 PSI_TRIGGER: Final = "some 100000 2000000"
@@ -17,43 +18,50 @@ may ask for."""
 
 
 class Pressure:
-    """Watches the guest's memory.
+    """Watches the guest's memory, and what memory cgroups leave of it to this process.
 
     Attributes:
-        fd: readable when the alarm went off, None where the kernel has no PSI.
+        limited_by: the memory cgroup that left less than the guest has when ``available`` was last asked
+            for, or "".
     """
 
     def __init__(self, system: System = SYSTEM) -> None:
         self._system = system
         self._psi = -1
-        self._epoll: select.epoll | None = None
+        self._groups = MemoryCgroups(system)
+        self.limited_by = ""
+        # The kernel says POLLPRI; an epoll that waits for it can itself be waited for like everything else.
+        self._epoll = select.epoll()
+        for fd in self._groups.fds:
+            self._epoll.register(fd, select.EPOLLPRI)
         with contextlib.suppress(OSError):  # a kernel without PSI, or psi=0: MemAvailable has to do
             self._psi = system.open(PSI_PATH, os.O_RDWR | os.O_NONBLOCK)
-            self._arm()
-
-    def _arm(self) -> None:
-        try:
-            self._system.write(self._psi, PSI_TRIGGER.encode() + b"\0")
-            # PSI says POLLPRI; an epoll that waits for it can itself be waited for like everything else.
-            self._epoll = select.epoll()
+            system.write(self._psi, PSI_TRIGGER.encode() + b"\0")
             self._epoll.register(self._psi, select.EPOLLPRI)
-        except OSError:
-            self._system.close(self._psi)
-            self._psi = -1
-            raise
 
     @property
-    def fd(self) -> int | None:
-        return self._epoll.fileno() if self._epoll is not None else None
+    def fd(self) -> int:
+        """Readable when the alarm went off, or a memory cgroup met a limit."""
+        return self._epoll.fileno()
 
     def alarmed(self) -> bool:
-        """Whether the alarm went off since the last call."""
-        return self._epoll is not None and bool(self._epoll.poll(0))
+        """Whether the kernel's alarm went off since the last call.
+
+        A cgroup's limit is no alarm, only a reason to look: what it leaves is part of ``available``.
+        """
+        ready = {fd for fd, _ in self._epoll.poll(0)}
+        if ready - {self._psi}:
+            self._groups.settle()
+        return self._psi in ready
 
     @property
     def available(self) -> int:
-        """Bytes that applications could have without swapping (MemAvailable)."""
-        return read_counters("/proc/meminfo", self._system)["MemAvailable"]
+        """Bytes that applications could have without swapping (MemAvailable), or what the limits of this
+        process's memory cgroups leave, if that is less."""
+        free = read_counters("/proc/meminfo", self._system)["MemAvailable"]
+        room = self._groups.room()
+        self.limited_by = room[1] if room is not None and room[0] < free else ""
+        return room[0] if room is not None and room[0] < free else free
 
     @property
     def total(self) -> int:
@@ -70,7 +78,8 @@ class Pressure:
 
     def close(self) -> None:
         """Take the alarm away. Idempotent."""
-        if self._epoll is not None:
-            self._epoll.close()
-            self._epoll = None
+        self._groups.close()
+        if self._psi != -1:
             self._system.close(self._psi)
+            self._psi = -1
+        self._epoll.close()

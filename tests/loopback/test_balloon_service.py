@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import time
 from collections.abc import Callable, Iterator
@@ -31,18 +32,23 @@ class Guest(System):
 
     Attributes:
         available: pages that are available with an empty balloon.
+        total: pages that there are, which the size of chunks depends on.
         stall: percentage of time that tasks wait for memory.
     """
 
-    def __init__(self, available: int = 1024 * MIB) -> None:
+    def __init__(self, available: int = 1024 * MIB, total: int = 512 * MIB) -> None:
         self.available = available
+        self.total = total
         self.stall = 0.0
         self.balloon: Callable[[], int] = lambda: 0
+
+    def open(self, path: str, flags: int = os.O_RDWR, mode: int = 0o600) -> int:
+        raise FileNotFoundError(path)  # the pressure and the cgroups of the machine that runs the test
 
     def read_text(self, path: str) -> str:
         if path == "/proc/meminfo":
             kib = (self.available - self.balloon()) * 4
-            return f"MemTotal: {1 << 21} kB\nMemFree: 1024 kB\nMemAvailable: {kib} kB"
+            return f"MemTotal: {self.total * 4} kB\nMemFree: 1024 kB\nMemAvailable: {kib} kB"
         if path == "/proc/pressure/memory":
             return f"some avg10={self.stall} avg60=0.00 avg300=0.00 total=0\nfull avg10=0.00"
         return super().read_text(path)
@@ -168,6 +174,20 @@ def test_the_floor_is_kept(bench: Callable[..., Bench]) -> None:
     assert len(events) == 1
     it.guest.available = 300 * MIB
     it.until(lambda: it.pages > 230 * MIB)
+
+
+def test_the_floor_is_kept_where_memory_comes_in_large_chunks(bench: Callable[..., Bench]) -> None:
+    it = bench({"target": str(200 * MIB)}, Guest(available=199 * MIB, total=2048 * MIB))
+    it.guest.balloon = lambda: it.pages + it.service.balloon.free_pages
+    events = it.until(lambda: it.service.stats()["held"] != "")
+    events += it.run(0.3)
+    # The next 8 MiB would have to come from below the floor.
+    assert it.pages == 128 * MIB
+    assert it.service.stats()["counters"]["given_back"] == 0
+    it.model.set_target(127 * MIB)
+    it.settle()
+    it.model.set_target(128 * MIB)
+    it.settle()
 
 
 @pytest.mark.requirement("DRV-BALLOON-08")
@@ -327,6 +347,8 @@ def test_every_way_to_be_notified(mode: str) -> None:
 def test_sizes() -> None:
     assert default_keep_free(1 << 30) == 64 << 20
     assert default_keep_free(100 << 30) == 5 << 30
-    assert chunk_bytes(1 << 30) == chunk_bytes(8 << 30) == 2 << 20
-    assert chunk_bytes((8 << 30) + 4096) == 4 << 20
+    assert chunk_bytes(256 << 20) == chunk_bytes(512 << 20) == 2 << 20
+    assert chunk_bytes(1 << 30) == 4 << 20
+    assert chunk_bytes(2 << 30) == chunk_bytes(32 << 30) == 8 << 20
+    assert chunk_bytes((32 << 30) + 4096) == 16 << 20
     assert chunk_bytes(1 << 40) == 256 << 20
