@@ -7,10 +7,14 @@
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING, Any
 
 __all__ = ["__version__", "open", "open_driver"]
 __version__ = "0.1.0"
+
+# A library says nothing unless whoever uses it asks for it: logging.getLogger("guestpv").
+logging.getLogger(__name__).addHandler(logging.NullHandler())
 
 if TYPE_CHECKING:
     from .opener import open, open_driver

@@ -6,6 +6,7 @@ A specification is ``scheme:body[?key=value&...]``, percent-encoded; a bare PCI 
 from __future__ import annotations
 
 import importlib
+import logging
 import re
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -17,6 +18,7 @@ from .spec import features as feat
 from .transport.base import FeatureFilter, Transport
 from .transport.pci import PciTransport
 
+LOG = logging.getLogger(__name__)
 SCHEMES = {
     "vfio": "guestpv.vfio.function",
     "loopback": "guestpv.devices.loopback",
@@ -116,6 +118,7 @@ def open(spec: str) -> Transport:
         GuestpvError: the device could not be opened; nothing is left behind.
     """
     parsed = Spec.parse(spec)
+    LOG.info("opening %s", spec)
     wishes = parsed.params.pop("features", "")
     mode = parsed.params.pop("mode", "")
     if mode not in ("", "msix", "intx", "poll"):

@@ -28,6 +28,7 @@ VERBS: Final = {
     "explain": ("explain:explain", "Explain a step, feature, register or requirement."),
     "vectors": ("vectors:vectors", "Test vectors for drivers in other languages."),
     "conform": ("conform:conform", "Check devices and drivers against the standard."),
+    "support-bundle": ("support_bundle:support_bundle", "Collect what a report about a problem needs."),
     "completion": ("completion:completion", "Print the shell's completion script."),
 }
 """Verb -> where its command is, and its line of help (so that help imports nothing)."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import functools
 import json
+import logging
 import sys
 import traceback
 from collections.abc import Callable
@@ -114,11 +115,18 @@ def reporting(function: Callable[..., None]) -> Callable[..., None]:
     """Give a verb ``--json`` and ``-v``, a Report as its first argument, and the common end of errors."""
 
     @click.option("--json", "as_json", is_flag=True, help="Report as JSON, for programs.")
-    @click.option("-v", "--verbose", count=True, help="More detail; -vv also shows where an error came from.")
+    @click.option(
+        "-v",
+        "--verbose",
+        count=True,
+        help="More detail; -vv adds the library's log, and where an error came from.",
+    )
     @click.pass_context
     @functools.wraps(function)
     def run(context: click.Context, /, *args: Any, as_json: bool, verbose: int, **values: Any) -> None:
         report = Report(schema_of(context), as_json, verbose)
+        if verbose > 1:
+            logging.basicConfig(level=logging.DEBUG, format="%(levelname)s %(name)s: %(message)s")
         try:
             function(report, *args, **values)
         except (click.ClickException, click.exceptions.Exit, click.Abort, BrokenPipeError):

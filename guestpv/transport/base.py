@@ -7,6 +7,7 @@ DRIVER_OK; ``close`` resets the device and waits for it before any memory is tak
 from __future__ import annotations
 
 import contextlib
+import logging
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
@@ -21,6 +22,7 @@ from ..spec.layout import Field, Layout
 from ..spec.status import Status
 from ..virtqueue.queue import Virtqueue
 
+LOG = logging.getLogger(__name__)
 InterruptMode = Literal["msix", "intx", "poll"]
 
 RING_FEATURES = feat.mask(
@@ -253,6 +255,7 @@ class Transport(ABC):
                 )
             time.sleep(pause)
             pause = min(pause * 2, 0.05)
+        LOG.debug("%s: reset", self.name)
         self._forget()
 
     def _forget(self) -> None:
@@ -294,6 +297,7 @@ class Transport(ABC):
                     + "; leave features out with --features -NAME to find the one it refuses",
                 )
             self._state.features = wanted
+            LOG.info("%s: negotiated %s", self.name, " ".join(feat.feature_names(self.device_type, wanted)))
             self.set_up_interrupts()
         return wanted
 
@@ -350,6 +354,7 @@ class Transport(ABC):
 
     def fail(self) -> None:
         """Set FAILED. Only a reset leads on from here (DRV-STATUS-03)."""
+        LOG.warning("%s: giving up, setting FAILED", self.name)
         self._advance(Status.FAILED)
 
     def make_queue(self, index: int, size: int | None = None) -> Virtqueue:
@@ -387,6 +392,7 @@ class Transport(ABC):
                 where=self.name,
             )
         queue = self.set_up_queue(index, chosen, self._state.features)
+        LOG.debug("%s: queue %d has %d entries", self.name, index, chosen)
         self._state.queues[index] = queue
         return queue
 
@@ -424,6 +430,7 @@ class Transport(ABC):
     def driver_ok(self) -> None:
         """Set DRIVER_OK: the device is live (3.1.1 step 8)."""
         self._advance(Status.DRIVER_OK)
+        LOG.info("%s: live", self.name)
 
     # Device configuration.
 
@@ -479,7 +486,8 @@ class Transport(ABC):
             return
         try:
             self.reset()
-        except (TimeLimit, DeviceGone):
+        except (TimeLimit, DeviceGone) as error:
+            LOG.warning("%s: closed without a reset: %s", self.name, error.message)
             self.abandon()
         finally:
             self._give_back()
