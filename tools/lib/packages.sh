@@ -24,6 +24,7 @@ packages_of() {
         echo "gcc-aarch64-linux-gnu aarch64-linux-gnu-gcc"
         echo "libc6-dev-arm64-cross dpkg:libc6-dev-arm64-cross"
         echo "qemu-user-static qemu-aarch64-static"
+        echo "systemd systemd-analyze" # checks the units of the documents
         ;;
     qemu) # real devices without a guest
         echo "qemu-system-x86 qemu-system-x86_64"
