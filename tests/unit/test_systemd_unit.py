@@ -1,4 +1,4 @@
-"""The documents' systemd units: systemd understands them, and the sandbox takes away what they do not need."""
+"""The documents' systemd units: systemd understands them, and the sandbox takes away what is not needed."""
 
 from __future__ import annotations
 
