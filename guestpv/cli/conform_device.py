@@ -88,8 +88,9 @@ def look(spec: str) -> dict[str, str]:
         machine = getattr(getattr(transport, "function", None), "machine", None)
         if machine is None:
             return {}
-        version = machine.qemu.qmp.execute("query-version")
-        return {"qemu": f"{'.'.join(str(part) for part in version['qemu'].values())}{version['package']}"}
+        told = machine.qemu.qmp.execute("query-version")
+        number = ".".join(str(told["qemu"][part]) for part in ("major", "minor", "micro"))
+        return {"qemu": f"{number} ({told['package']})" if told["package"] else number}
 
 
 @contextlib.contextmanager

@@ -70,12 +70,14 @@ def _row(outcome: Outcome, number: int) -> str:
         facts.append(("reproduce", f"<code>{escape(outcome.reproduce)}</code>"))
     listing = "".join(f"<dt>{escape(name)}</dt><dd>{value}</dd>" for name, value in facts)
     evidence = f"<pre>{escape(chr(10).join(outcome.evidence))}</pre>" if outcome.evidence else ""
+    variant = outcome.check.partition("[")[2].rstrip("]")
+    variant = f' <span class="none">{escape(variant)}</span>' if variant not in ("", "device") else ""
     words = " ".join([outcome.title, outcome.check, *outcome.requirements, outcome.section, outcome.seen])
     return (
         f'<details id="o{number}" data-verdict="{outcome.verdict}" data-area="{escape(outcome.area)}"'
         f' data-text="{escape(words.lower())}"><summary>'
         f'<span class="v {CLASS[outcome.verdict]}">{outcome.verdict.replace("_", " ")}</span>'
-        f"<span>{escape(outcome.title)}</span>"
+        f"<span>{escape(outcome.title)}{variant}</span>"
         f'<span class="i">{escape(" ".join(outcome.requirements))}</span></summary>'
         f'<div class="body"><dl>{listing}</dl>{evidence}</div></details>'
     )

@@ -302,7 +302,8 @@ def _judge(item: pytest.Item, call: pytest.CallInfo[None]) -> Outcome:
     # Recovering goes into no evidence.
     evidence = case.evidence
     if trouble := _give_back(item, probe=verdict in BAD or item.get_closest_marker("hostile") is not None):
-        seen = f"{seen}; then: {trouble}" if seen else trouble
+        if verdict is not Verdict.WEDGED:
+            seen = f"{seen}; then: {trouble}" if seen else trouble
         verdict = Verdict.WEDGED
     elif verdict is Verdict.WEDGED:
         # It went away and is back: a back end may end a connection that it cannot make sense of.
