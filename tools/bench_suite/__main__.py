@@ -11,7 +11,7 @@ from pathlib import Path
 from . import plot, report
 
 NO_VERSIONS = {"priority", "payload"}
-TOOLS = {"__main__", "contest", "plot", "report", "testpmd"}
+TOOLS = {"__main__", "contest", "guest_disks", "plot", "report", "testpmd"}
 
 
 def main() -> int:
@@ -26,6 +26,9 @@ def main() -> int:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the rates there, as SVG")
     parser.add_argument(
+        "--latencies", type=Path, metavar="FILE", help="draw the latencies there, where there are any, as SVG"
+    )
+    parser.add_argument(
         "--against", type=Path, metavar="FILE", help="name what is worse than in this earlier --json"
     )
     arguments = parser.parse_args()
@@ -33,12 +36,15 @@ def main() -> int:
     print(report.show(rows))
     if arguments.json:
         report.write(arguments.json, versions, rows)
-    if arguments.plot:
+    pictures = ((arguments.plot, plot.picture), (arguments.latencies, plot.curves))
+    for file, draw in pictures:
+        if not file:
+            continue
         where = report.machine()
         told = ", ".join(
             f"{name} {value}" for name, value in versions.items() if name not in ("priority", "payload")
         )
-        plot.write(arguments.plot, f"tools/bench {arguments.name}", f"{where['cpu']}; {told}", rows)
+        plot.write(file, f"tools/bench {arguments.name}", f"{where['cpu']}; {told}", rows, draw)
     worse = report.worse(arguments.against, rows) if arguments.against else []
     print("\n".join(worse), end="\n" * bool(worse))
     return 0 if all(row.met for row in rows) and not worse else 1

@@ -101,10 +101,17 @@ def worse(path: Path, rows: list[Row]) -> list[str]:
     return found
 
 
+CURVE = "us_p"
+"""How the metrics begin that are points of a distribution: microseconds, and the percentile."""
+SHOWN = ("us_p50", "us_p99")
+
+
 def show(rows: list[Row]) -> str:
-    """The report as text, one row a line."""
+    """The report as text, one row a line; of a distribution two points."""
     lines = []
     for row in rows:
+        if row.metric.startswith(CURVE) and row.metric not in SHOWN:
+            continue
         line = f"{row.case:34} {row.value:12.5g} {row.metric}"
         if row.ratio is not None:
             line += f"  {row.ratio:8.3f} x {row.peer}"
