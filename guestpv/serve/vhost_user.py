@@ -99,14 +99,17 @@ class VhostUserServer:
         offered &= ~NOT_CARRIED
         kind = self.device.model.device_type
         if kind == ft.NET:
-            # The control queue belongs to the front end, and with it what depends on it.
-            offered &= ~(1 << net.F_CTRL_VQ)
+            # The control queue belongs to the front end, and with it what depends on it; only how many pairs
+            # it uses arrives here, by SET_VRING_ENABLE.
+            pairs = ft.mask((net.F_CTRL_VQ, net.F_MQ)) if offered >> net.F_MQ & 1 else 0
+            return ft.close_dependencies(kind, offered & ~(1 << net.F_CTRL_VQ)) | pairs
         return ft.close_dependencies(kind, offered)
 
     @property
     def offered(self) -> int:
         """Feature bits shown to front ends."""
-        return self.device.offered
+        offered = self.device.offered
+        return offered & ~(1 << net.F_CTRL_VQ) if self.device.model.device_type == ft.NET else offered
 
     def _listen(self) -> socket.socket:
         listener = socket.socket(socket.AF_UNIX)

@@ -13,8 +13,10 @@ import numpy as np
 
 from ..devices.evidence import DriverFault
 from ..devices.interrupts import signal
+from ..devices.models.net import Net
 from ..errors import GuestpvError
 from ..spec import features as ft
+from ..spec import net
 from ..spec.status import Status
 from ..wire.vhost_user import (
     F_LOG_ALL,
@@ -182,8 +184,10 @@ class Connection:
                     raise Objection(f"protocol features {value:#x} were not offered")
                 self.protocol_features = value
             case Request.GET_QUEUE_NUM, _:
-                # For network devices the protocol counts pairs.
-                return U64(1 if self.device.model.device_type == ft.NET else len(self.rings))
+                # For network devices the protocol counts pairs; the control queue is the front end's.
+                return U64(
+                    len(self.rings) // 2 if self.device.model.device_type == ft.NET else len(self.rings)
+                )
             case Request.SET_BACKEND_REQ_FD, _:
                 self._back = self.server.backend_channel(os.dup(fds[0]))
             case Request.GET_CONFIG, Config() as config:
@@ -205,6 +209,8 @@ class Connection:
     def _negotiate(self, value: int) -> None:
         features = value & ~(1 << F_PROTOCOL_FEATURES)
         self._ring_enable = features != value
+        if isinstance(self.device.model, Net) and features >> net.F_MQ & 1:
+            features |= 1 << net.F_CTRL_VQ
         if any(ring.started for ring in self.rings):
             if features & ~(1 << F_LOG_ALL) != self.device.features:
                 raise Objection(f"features changed to {features:#x} while rings are started")
@@ -325,6 +331,10 @@ class Connection:
                 ring.enabled = bool(num)
                 if not num:
                     self._stop(ring)
+                if isinstance(self.device.model, Net):
+                    # What the control queue's VQ_PAIRS_SET is otherwise.
+                    receiving = self.rings[: 2 * self.device.model.pairs : 2]
+                    self.device.model.control.pairs = max(1, sum(each.enabled for each in receiving))
             case Request.SET_VRING_KICK, _:
                 self.server.forget_kick(ring)
                 ring.replace("kick", fd)

@@ -33,6 +33,8 @@ from ..wire.vhost_user import (
 )
 from ..wire.vhost_user import ProtocolFeature as PF
 from .base import InterruptMode, Transport
+from .vhost_user_control import NEEDS_BACK_END, ControlRing
+from .vhost_user_control import SIZE as CONTROL_SIZE
 from .vhost_user_memory import Arena, MemfdSpace
 from .vhost_user_ring import Ring, fresh_base
 from .vhost_user_session import Session
@@ -51,11 +53,14 @@ LARGEST_QUEUE: Final = 1024
 """Entries. The protocol has no way to ask; this is what libvhost-user and with it QEMU and passt can take."""
 
 CONFIG_BORNE: Final = {
-    feat.NET: feat.mask(
-        (net.F_MAC, net.F_STATUS, net.F_MTU, net.F_MQ, net.F_SPEED_DUPLEX, net.F_RSS, net.F_HASH_REPORT)
-    ),
+    feat.NET: feat.mask((net.F_MAC, net.F_STATUS, net.F_MTU, net.F_SPEED_DUPLEX)),
 }
 """Features that mean nothing without device configuration."""
+
+CONTROL: Final = feat.mask((net.F_CTRL_VQ, net.F_MQ))
+"""Features that the front end brings for a back end with several queue pairs."""
+
+PAIRS_FIELD: Final = net.CONFIG["max_virtqueue_pairs"]
 
 NOT_CARRIED: Final = feat.mask(
     (
@@ -101,6 +106,7 @@ class VhostUserTransport(Transport):
         self._announced: set[int] = set()
         self._unsubmitted: dict[int, list[int]] = {}
         self._local_status = 0
+        self._pairs = 1
         self._features_refused = ""
         self._config = b""
         self._config_changes = 0
@@ -187,6 +193,7 @@ class VhostUserTransport(Transport):
         self._local_status = 0
         self._features_refused = ""
         self._unsubmitted.clear()
+        self._pairs = 1
         session = self.session
         with self._rings_lock:
             rings = list(self._rings.values())
@@ -217,15 +224,18 @@ class VhostUserTransport(Transport):
         if not session.has(PF.CONFIG):
             offered &= ~CONFIG_BORNE.get(self.device_type, 0)
         if self.device_type == feat.NET:
-            # The protocol has no control queue: a front end would have to play it itself.
-            offered &= ~(1 << net.F_CTRL_VQ)
+            offered &= ~(NEEDS_BACK_END | CONTROL)
+            if self._most_pairs > 1:
+                offered |= CONTROL
         return offered
 
     def write_features(self, features: int) -> None:
         session = self._connected()
         own = session.features & 1 << F_PROTOCOL_FEATURES
+        # The control queue is played here: the back end need not have heard of it.
+        theirs = features & ~(CONTROL & ~session.features) if self.device_type == feat.NET else features
         try:
-            session.tell(Request.SET_FEATURES, U64(features | own))
+            session.tell(Request.SET_FEATURES, U64(theirs | own))
         except DeviceGone:
             raise
         except GuestpvError as error:
@@ -260,15 +270,45 @@ class VhostUserTransport(Transport):
     @property
     def num_queues(self) -> int:
         session = self._connected()
+        if self.device_type == feat.NET:
+            # For network devices the protocol counts pairs.
+            return 2 * self._most_pairs + (self._control_index is not None)
         if session.queue_num is None:
             return FIXED_QUEUES.get(self.device_type, 1)
-        # For network devices the protocol counts pairs.
-        return session.queue_num * (2 if self.device_type == feat.NET else 1)
+        return session.queue_num
+
+    @property
+    def _most_pairs(self) -> int:
+        """Queue pairs that a network back end has."""
+        session = self._connected()
+        return max(1, session.queue_num or 1) if session.features >> net.F_MQ & 1 else 1
+
+    @property
+    def _control_index(self) -> int | None:
+        """Number of the control queue (5.1.2), where one was negotiated."""
+        if self.device_type != feat.NET or not self.has(net.F_CTRL_VQ):
+            return None
+        return 2 * (self._most_pairs if self.has(net.F_MQ) else 1)
+
+    def _set_pairs(self, pairs: int) -> bool:
+        """VQ_PAIRS_SET: let the back end use the first ``pairs`` pairs; False: there are not so many."""
+        if not 1 <= pairs <= self._most_pairs or 2 * pairs > len(self._rings):
+            return False
+        self._pairs = pairs
+        for ring in self._rings.values():
+            self._enable(ring)
+        return True
 
     def queue_max_size(self, index: int) -> int:
+        if index == self._control_index:
+            return CONTROL_SIZE
         return self._largest_queue if 0 <= index < self.num_queues else 0
 
     def set_up_queue(self, index: int, size: int, features: int) -> Virtqueue:
+        if index == self._control_index:
+            return ControlRing(
+                index, size, self.pool, self.space.look, self._set_pairs, f"{self.name} control queue"
+            ).queue
         ring = Ring.make(
             index, size, features, self.pool, f"{self.name} queue {index}", self.mode, self._check_alive
         )
@@ -299,10 +339,17 @@ class VhostUserTransport(Transport):
 
     def _start_ring(self, ring: Ring) -> None:
         session, index = self._connected(), ring.queue.index
-        ring.started = True
+        ring.started, ring.enabled = True, False
         session.tell(Request.SET_VRING_KICK, U64(index), (ring.kick,))
-        if session.features >> F_PROTOCOL_FEATURES & 1:
-            session.tell(Request.SET_VRING_ENABLE, VringState(index, 1))
+        self._enable(ring)
+
+    def _enable(self, ring: Ring) -> None:
+        """Enable a ring, unless it belongs to a queue pair that the driver has not asked for yet."""
+        session, index = self._connected(), ring.queue.index
+        waits = self.device_type == feat.NET and self.has(net.F_MQ) and index // 2 >= self._pairs
+        if ring.started and ring.enabled == waits and session.features >> F_PROTOCOL_FEATURES & 1:
+            ring.enabled = not waits
+            session.tell(Request.SET_VRING_ENABLE, VringState(index, int(ring.enabled)))
 
     def _stop_ring(self, ring: Ring) -> None:
         """Stop a ring; its next available index comes back with the answer and is not needed."""
@@ -310,7 +357,8 @@ class VhostUserTransport(Transport):
             return
         session, index = self._connected(), ring.queue.index
         ring.started = False
-        if session.features >> F_PROTOCOL_FEATURES & 1:
+        if ring.enabled:
+            ring.enabled = False
             session.tell(Request.SET_VRING_ENABLE, VringState(index, 0))
         session.ask(Request.GET_VRING_BASE, VringState(index, 0), VringState)
 
@@ -337,6 +385,8 @@ class VhostUserTransport(Transport):
             self._inflight = None
 
     def request_queue_reset(self, index: int) -> None:
+        if index == self._control_index:
+            return
         ring = self._rings[index]
         self._remove_ring(index)
         try:
@@ -440,8 +490,10 @@ class VhostUserTransport(Transport):
     @property
     def config_length(self) -> int:
         layout = CONFIG_LAYOUTS.get(self.device_type)
-        if layout is None or not self._connected().has(PF.CONFIG):
+        if layout is None:
             return 0
+        if not self._connected().has(PF.CONFIG):
+            return PAIRS_FIELD.end if self.device_type == feat.NET and self._most_pairs > 1 else 0
         # Back ends refuse to answer for more than they have, so no more than the features bring is asked for.
         return max((field.end for field in layout if field.exists(self.offered)), default=0)
 
@@ -449,7 +501,10 @@ class VhostUserTransport(Transport):
         """Take the configuration as a whole; the protocol has no generation, so its content decides."""
         length = self.config_length
         config = b""
-        if length:
+        if length and not self._connected().has(PF.CONFIG):
+            # What the protocol itself tells, where a driver looks for it.
+            config = bytes(PAIRS_FIELD.offset) + self._most_pairs.to_bytes(PAIRS_FIELD.width, "little")
+        elif length:
             asked = Config(0, bytes(length))
             config = self._connected().ask(Request.GET_CONFIG, asked, Config).data
             if len(config) < length:

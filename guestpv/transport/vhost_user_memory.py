@@ -117,10 +117,23 @@ class MemfdSpace:
         Raises:
             UsageError: it lies in no region.
         """
+        arena, offset = self._find(guest_address)
+        return arena.pointer + offset
+
+    def look(self, guest_address: int, size: int) -> Bytes:
+        """``size`` bytes that have this guest address.
+
+        Raises:
+            UsageError: they lie in no region.
+        """
+        arena, offset = self._find(guest_address)
+        return arena.memory[offset : offset + size]
+
+    def _find(self, guest_address: int) -> tuple[Arena, int]:
         for arena in self.arenas:
             offset = guest_address - arena.guest_address
             if 0 <= offset < arena.memory.nbytes:
-                return arena.pointer + offset
+                return arena, offset
         raise UsageError(f"guest address {guest_address:#x} lies in no region of the memory table")
 
     def close(self) -> None:

@@ -50,7 +50,8 @@ class Ring:
     Attributes:
         kick, call, error: eventfds.
         base: where the back end begins.
-        started: whether it may use the ring.
+        started: whether the back end has all it needs to use the ring.
+        enabled: whether it may (SET_VRING_ENABLE).
     """
 
     queue: Virtqueue
@@ -59,6 +60,7 @@ class Ring:
     error: int
     base: int
     started: bool = False
+    enabled: bool = False
 
     @classmethod
     def make(

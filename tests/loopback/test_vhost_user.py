@@ -25,6 +25,7 @@ from guestpv.errors import DeviceGone, FeaturesRefused, GuestpvError, Refused, U
 from guestpv.serve.vhost_user import PROTOCOL_FEATURES, VhostUserServer
 from guestpv.spec import blk as spec
 from guestpv.spec import features as feat
+from guestpv.spec import net
 from guestpv.spec.features import mask
 from guestpv.spec.status import Status
 from guestpv.transport.vhost_user import VhostUserTransport
@@ -364,3 +365,59 @@ def test_nothing_is_left_open(serve: Serve, connect: Open) -> None:
     transport.close()
     server.close()
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+# Queue pairs of a network device: the protocol has no control queue, so the front end plays it.
+
+
+def command(transport: VhostUserTransport, control: Virtqueue, *words: int) -> int:
+    """Send a control command; what its status byte says."""
+    memory = transport.pool.allocate(64)
+    memory.write(bytes((*words, 0xFF)))
+    control.add([memory[: len(words)]], [memory[len(words) : len(words) + 1]])
+    control.publish()
+    assert control.wait(60)
+    assert [length for _, length in control.completions()] == [1]
+    return int(memory.array[len(words)])
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_queue_pairs_are_enabled_as_the_driver_asks(serve: Serve, connect: Open, packed: bool) -> None:
+    model = NetModel(pairs=4)
+    server = serve(model, offer=PACKED if packed else 0)
+    transport = connect("net", server.path)
+    transport.negotiate(supported=mask((net.F_MQ, net.F_CTRL_VQ, net.F_CTRL_RX)))
+    assert transport.has(feat.F_RING_PACKED) == packed
+    assert not transport.has(net.F_CTRL_RX), "a command that the back end never hears of"
+    assert transport.config(net.CONFIG)["max_virtqueue_pairs"] == 4
+    assert transport.num_queues == 9
+    for index in range(6):
+        transport.make_queue(index)
+    control = transport.make_queue(8)
+    transport.driver_ok()
+
+    def enabled() -> list[bool]:
+        assert server.connection is not None
+        return [ring.enabled for ring in server.connection.rings]
+
+    assert enabled() == [True, True] + 7 * [False]
+    for wanted, answer, then in (
+        (3, net.CTRL_OK, 3),
+        (0, net.CTRL_ERR, 3),
+        (4, net.CTRL_ERR, 3),  # its queues were not made
+        (5, net.CTRL_ERR, 3),
+        (2, net.CTRL_OK, 2),
+        (3, net.CTRL_OK, 3),
+    ):
+        assert command(transport, control, net.CTRL_MQ, net.CTRL_MQ_VQ_PAIRS_SET, wanted, 0) == answer
+        assert enabled() == 2 * then * [True] + (9 - 2 * then) * [False]
+        assert model.control.pairs == then
+    assert command(transport, control, net.CTRL_RX, 0, 1) == net.CTRL_ERR
+    transport.reset()
+    assert model.control.pairs == 1
+
+
+def test_one_pair_needs_no_control_queue(serve: Serve, connect: Open) -> None:
+    transport = connect("net", serve(NetModel()).path)
+    assert not transport.offered & mask((net.F_MQ, net.F_CTRL_VQ))
+    assert transport.num_queues == 2

@@ -219,18 +219,26 @@ def _namespace() -> list[str]:
 
 
 def dpdk_vhost(
-    socket: Path, tree: Tree, *, forward: str = "macswap", cores: tuple[int, int] = (0, 1), memory: int = 256
+    socket: Path,
+    tree: Tree,
+    *,
+    forward: str = "macswap",
+    queues: int = 1,
+    cores: tuple[int, int] = (0, 1),
+    memory: int = 256,
 ) -> Backend:
     """DPDK's vhost PMD under testpmd, as a vhost-user-net back end that polls.
 
     Args:
         forward: testpmd's forwarding mode: ``macswap`` sends every frame back, ``txonly``, ``rxonly``.
+        queues: queue pairs; each one's frames go back into the same.
         cores: CPU for the commands and CPU for the packets.
         memory: MiB; no huge pages are used.
     """
     drivers = next((tree.root / LIBRARIES[0] / "dpdk").glob("pmds-*"))
     command = [*tree.program("dpdk-testpmd"), "-d", str(drivers), "--no-huge", "-m", str(memory), "--no-pci"]
     command += ["--no-shconf", "--no-telemetry", "-l", f"{cores[0]},{cores[1]}"]
-    command += ["--vdev", f"net_vhost0,iface={socket},queues=1", "--", "--interactive", "--auto-start"]
+    command += ["--vdev", f"net_vhost0,iface={socket},queues={queues}", "--", "--interactive", "--auto-start"]
+    command += [f"--rxq={queues}", f"--txq={queues}"]
     command += [f"--forward-mode={forward}", "--nb-cores=1", "--total-num-mbufs=8192"]
     return Backend(command, socket, "dpdk")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -11,6 +12,9 @@ from guestpv.drivers.blk import Blk
 from guestpv.drivers.net import Net
 from guestpv.drivers.rng import Rng
 from guestpv.errors import QueueFull, UsageError
+from guestpv.memory import DmaBuffer
+from guestpv.spec import net as net_spec
+from guestpv.spec.features import mask
 from guestpv.spec.status import Status
 from guestpv.transport.base import Transport
 from guestpv.virtqueue.queue import Virtqueue
@@ -33,6 +37,7 @@ class Place:
         returned: what comes back for a frame that was sent.
         stored: what is behind the disk, or None where nobody can look.
         queues: of the disk.
+        pairs: queue pairs of the network device.
         small_rings: queue sizes worth a try.
     """
 
@@ -41,6 +46,7 @@ class Place:
     returned: Callable[[bytes], bytes] = lambda frame: frame
     stored: Callable[[], bytes] | None = None
     queues: int = 1
+    pairs: int = 1
     small_rings: Sequence[int] = (1, 4)
 
 
@@ -185,6 +191,53 @@ def net_refuses_frames_it_cannot_send(place: Place) -> None:
         exchange(place, net, frames(3, 7))
 
 
+def net_every_pair(place: Place) -> None:
+    """The driver asks for all queue pairs, and each carries frames; the queues alone, without the driver."""
+    with place.open() as transport:
+        several = place.pairs > 1
+        queue_features = (net_spec.F_MQ, net_spec.F_CTRL_VQ) if several else ()
+        transport.negotiate(supported=mask((net_spec.F_MRG_RXBUF, *queue_features)))
+        queues = [transport.make_queue(index) for index in range(2 * place.pairs)]
+        memory = transport.pool.allocate(64)
+        control = None
+        if several:
+            most = transport.config(net_spec.CONFIG)["max_virtqueue_pairs"]
+            assert isinstance(most, int)
+            control = transport.make_queue(2 * most)
+        transport.driver_ok()
+        if control is not None:
+            command = (net_spec.CTRL_MQ, net_spec.CTRL_MQ_VQ_PAIRS_SET, place.pairs, 0, 0xFF)
+            memory.write(bytes(command))
+            control.add([memory[:4]], [memory[4:5]])
+            control.publish()
+            assert control.wait(PATIENCE)
+            assert [length for _, length in control.completions()] == [1]
+            assert memory.array[4] == net_spec.CTRL_OK
+        header = net_spec.header_dtype(transport.features).itemsize
+        sent = frames(place.pairs, 5)
+        for pair in range(place.pairs):
+            # A device may choose one receive queue for all.
+            for _ in sent:
+                room = transport.pool.allocate(2048)
+                queues[2 * pair].add(writable=[room], cookie=room)
+            queues[2 * pair].publish()
+        for pair, frame in enumerate(sent):
+            room = transport.pool.allocate(2048)
+            room.write(bytes(header) + frame)
+            queues[2 * pair + 1].add(readable=[room[: header + len(frame)]])
+            queues[2 * pair + 1].publish()
+        waiting = {place.returned(frame) for frame in sent}
+        deadline = time.monotonic() + PATIENCE
+        while waiting:
+            assert time.monotonic() < deadline, f"{len(waiting)} of {place.pairs} frames did not come back"
+            for queue in queues[::2]:
+                if queue.wait(0.02):
+                    for token, length in queue.completions():
+                        room = queue.cookie(token)
+                        assert isinstance(room, DmaBuffer)
+                        waiting.remove(room.array[header:length].tobytes())
+
+
 # The block device.
 
 
@@ -256,7 +309,12 @@ BODIES: dict[str, tuple[Callable[[Place], None], ...]] = {
         a_full_ring_comes_back_whole,
         small_rings,
     ),
-    "net": (net_frames_come_back, net_goes_on_after_a_reset, net_refuses_frames_it_cannot_send),
+    "net": (
+        net_every_pair,
+        net_frames_come_back,
+        net_goes_on_after_a_reset,
+        net_refuses_frames_it_cannot_send,
+    ),
     "blk": (
         blk_keeps_what_is_written,
         blk_many_requests_at_once,

@@ -35,6 +35,7 @@ from .bodies import BODIES, SMALL_RINGS, Place
 
 DISK = 1 << 20
 QUEUES = 4
+PAIRS = 3
 DEVICES = ("rng", "net", "blk")
 OFFER = {"packed": "on", "in_order": "on"}
 """What our own devices offer only when asked to."""
@@ -104,6 +105,15 @@ def empty_disk(directory: Path) -> Path:
     return path
 
 
+def own_params(disk: Path) -> dict[str, dict[str, str]]:
+    """Parameters of our own devices, by device type."""
+    return {
+        "rng": {"seed": "1"},
+        "net": {"pairs": str(PAIRS)},
+        "blk": {"file": str(disk), "num_queues": str(QUEUES)},
+    }
+
+
 def opener(spec: str, ring: Ring, **params: str) -> Callable[[], Transport]:
     """``guestpv.open`` with parameters."""
     return lambda: guestpv.open(f"{spec}?{urlencode({'features': ring.wishes} | params)}")
@@ -129,7 +139,7 @@ class Loopback:
     def place(self, directory: Path) -> Iterator[Place]:
         functions: list[SoftwareFunction] = []
         path = empty_disk(directory)
-        own = {"rng": {"seed": "1"}, "net": {}, "blk": {"file": str(path), "num_queues": str(QUEUES)}}
+        own = own_params(path)
         params = own[self.device] | self.params
         open_ = opener(f"loopback:{self.device}", self.ring, **OFFER | params)
 
@@ -145,6 +155,7 @@ class Loopback:
             self.ring.check,
             stored=path.read_bytes,
             queues=QUEUES,
+            pairs=PAIRS,
             small_rings=SMALL_RINGS[self.ring.packed],
         )
         assert functions
@@ -175,7 +186,7 @@ LOOPBACK: list[World] = [
 
 def echoing() -> NetModel:
     """A network device that sends every frame back."""
-    model = NetModel(bytes.fromhex("525400000001"))
+    model = NetModel(bytes.fromhex("525400000001"), pairs=PAIRS)
     echo(model)
     return model
 
@@ -195,7 +206,7 @@ class OwnVfioUser:
     @contextmanager
     def place(self, directory: Path) -> Iterator[Place]:
         path = empty_disk(directory)
-        own = {"rng": {"seed": "1"}, "net": {}, "blk": {"file": str(path), "num_queues": str(QUEUES)}}
+        own = own_params(path)
         function = make_function(f"{self.device}?{urlencode(OFFER | own[self.device])}")
         with VfioUserServer(function, str(directory / "vfio.sock")) as server:
             yield Place(
@@ -203,6 +214,7 @@ class OwnVfioUser:
                 self.ring.check,
                 stored=path.read_bytes,
                 queues=QUEUES,
+                pairs=PAIRS,
                 small_rings=SMALL_RINGS[self.ring.packed],
             )
             assert [str(finding) for finding in function.findings] == []
@@ -236,6 +248,7 @@ class OwnVhostUser:
                 self.ring.check,
                 stored=path.read_bytes,
                 queues=QUEUES,
+                pairs=PAIRS,
                 small_rings=SMALL_RINGS[self.ring.packed],
             )
             assert [str(finding) for finding in server.journal.findings] == []
@@ -291,11 +304,12 @@ class Dpdk:
     @contextmanager
     def place(self, directory: Path) -> Iterator[Place]:
         wishes = f"{self.ring.wishes},{'+' if self.mergeable else '-'}mrg_rxbuf"
-        with dpdk_vhost(directory / "net.sock", tree.get("peers")) as backend:
+        with dpdk_vhost(directory / "net.sock", tree.get("peers"), queues=PAIRS) as backend:
             yield Place(
                 opener(f"vhost-user:net:{backend.socket}", self.ring, features=wishes),
                 self.ring.check,
                 returned=lambda frame: frame[6:12] + frame[:6] + frame[12:],
+                pairs=PAIRS,
             )
 
 
