@@ -27,8 +27,9 @@ Device = Callable[..., PciTransport]
 MIB = 256
 """Pages."""
 RAM = 128
-UNKNOWN = (1 << 64) - 1
 """MiB of guest RAM."""
+UNKNOWN = (1 << 64) - 1
+"""What QEMU shows for a statistic that the driver did not give."""
 MODERN = "virtio-balloon-pci,disable-legacy=on"
 ALL = f"{MODERN},deflate-on-oom=on,free-page-reporting=on,free-page-hint=on,iothread=thread"
 
