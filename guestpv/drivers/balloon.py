@@ -39,7 +39,7 @@ REQUEST_PAGES = 1024
 """Page numbers in the longest request: one page full."""
 REQUESTS = 8
 """Requests on their way at a time."""
-ANSWER_LIMIT = 10.0
+ANSWER_LIMIT = 30.0
 
 
 class Requests:
