@@ -16,7 +16,7 @@ from guestvm import kernel as kernels
 from guestvm.progress import Progress
 
 KERNELS = os.environ.get("GUESTPV_KERNELS", "6.1 6.12").split()
-TEST_LIMIT = 600
+TEST_LIMIT = 1800
 """Seconds for a test with the boots that it needs, on a machine that is slow and busy."""
 MODERN = "disable-legacy=on,iommu_platform=on,ats=on"
 
@@ -93,7 +93,7 @@ class Shared:
                 ],
                 netdevs=[self._files.netdev("n0")],
                 blockdevs=["driver=null-co,node-name=d0,size=67108864,read-zeroes=on"],
-                limit=3600,
+                limit=7200,
             )
             fresh.start()
             self._machine = fresh

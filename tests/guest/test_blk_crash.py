@@ -49,15 +49,15 @@ def expected(number: int) -> bytes:
 
 def sound(image: Path, work: Path) -> set[int]:
     """Let e2fsck replay the journal of a copy, then demand that nothing is wrong; returns the whole files."""
-    repaired = subprocess.run(["e2fsck", "-fy", image], capture_output=True, text=True, timeout=60)
+    repaired = subprocess.run(["e2fsck", "-fy", image], capture_output=True, text=True, timeout=300)
     # 1: "errors corrected" is what replaying the journal counts as.
     assert repaired.returncode in (0, 1), repaired.stdout
     assert not re.search(r"UNEXPECTED|Fix\\? yes", repaired.stdout), repaired.stdout
-    again = subprocess.run(["e2fsck", "-fn", image], capture_output=True, text=True, timeout=60)
+    again = subprocess.run(["e2fsck", "-fn", image], capture_output=True, text=True, timeout=300)
     assert again.returncode == 0, again.stdout
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir()
-    subprocess.run(["debugfs", "-R", f"rdump / {work}", image], capture_output=True, check=True, timeout=60)
+    subprocess.run(["debugfs", "-R", f"rdump / {work}", image], capture_output=True, check=True, timeout=300)
     whole = set()
     for path in work.rglob("f*"):
         if path.is_file() and path.read_bytes() == expected(int(path.name[1:])):
@@ -91,11 +91,11 @@ def test_every_flush_leaves_a_sound_file_system(boot: Callable[..., Machine], tm
             f"driver=blklogwrites,node-name=disk,log-super-update-interval=1,file.driver=file,"
             f"file.filename={image},log.driver=file,log.filename={log}"
         ],
-        limit=600,
+        limit=1800,
     )
-    vm.run(f"guestpv blk up {vm.address('disk0')} --detach", timeout=60).check()
-    vm.run(WRITER % FILES, timeout=300).check()
-    vm.run("umount /mnt && guestpv blk down", timeout=60).check()
+    vm.run(f"guestpv blk up {vm.address('disk0')} --detach", timeout=600).check()
+    vm.run(WRITER % FILES, timeout=600).check()
+    vm.run("umount /mnt && guestpv blk down", timeout=600).check()
     vm.stop()
 
     flushes = sum(bool(flags & FLUSH) for flags, _, _ in entries(log))
@@ -143,15 +143,15 @@ def test_what_was_synchronized_survives_a_killed_qemu(boot: Callable[..., Machin
         vm = boot(
             devices=[f"virtio-blk-pci,id=disk0,drive=disk,{MODERN}"],
             blockdevs=[f"driver=raw,node-name=disk,file.driver=file,file.filename={image},file.aio=threads"],
-            limit=300,
+            limit=1800,
         )
-        vm.run(f"guestpv blk up {vm.address('disk0')} --detach", timeout=60).check()
+        vm.run(f"guestpv blk up {vm.address('disk0')} --detach", timeout=600).check()
         writer = vm.spawn(["sh", "-c", WRITER % 100000])
-        writer.wait_for(f"done {5 + 7 * attempt}", 120)
+        writer.wait_for(f"done {5 + 7 * attempt}", 600)
         time.sleep(0.05 * attempt)
         os.kill(vm.pid, signal.SIGKILL)
         with pytest.raises(GuestDied):
-            writer.wait(60)
+            writer.wait()
         said = writer.stdout
         acknowledged = {int(word) for word in re.findall(r"^done (\d+)$", said, re.MULTILINE)}
         assert len(acknowledged) > 5

@@ -9,6 +9,7 @@ from __future__ import annotations
 import socket
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from itertools import product
@@ -16,9 +17,9 @@ from itertools import product
 import pytest
 
 from guestvm import Machine
-from guestvm.accesses import TRACE_EVENTS, Phase, phases
+from guestvm.accesses import TRACE_EVENTS, Phase, laps
 
-ECHOES = 50
+ECHOES = 20
 PEER = "10.0.2.2"
 PEER_MAC = "52:55:0a:00:02:02"
 ANSWER_AFTER = 0.02
@@ -77,25 +78,25 @@ def answering_wire() -> Iterator[int]:
 
 
 def echo(machine: Machine, device: str, option: list[str], mark: str) -> None:
-    """ECHOES pings over one device, with nothing else on the link, as phase ``mark`` of the trace."""
+    """Lone pings over one device, with nothing else on the link, each as a phase ``mark`` of the trace."""
     up = machine.spawn(
         ["guestpv", "net", "up", machine.address(device), "--address", "10.0.2.15/24", *option]
     )
-    up.wait_for("Ctrl-C", timeout=60)
+    up.wait_for("Ctrl-C")
     machine.run(
         f"ip neighbour replace {PEER} lladdr {PEER_MAC} nud permanent dev pv0 && ping -c 3 -i 0.2 {PEER}"
     ).check()
-    machine.mark(mark)
-    echoes = machine.run(f"ping -q -c {ECHOES} -i 0.06 {PEER}", timeout=60).check().stdout
-    machine.mark("z")
-    assert " 0% packet loss" in echoes
+    for _ in range(ECHOES):
+        machine.mark(mark)
+        machine.run(f"ping -q -c 1 {PEER}").check()
+        machine.mark("z")
     up.signal(2)
-    assert up.wait(30).status == 0
+    assert up.wait().status == 0
 
 
 @pytest.fixture(scope="module")
-def counted(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], Phase]:
-    """What the echoes cost, by ring format and mode, counted in one boot."""
+def counted(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], list[Phase]]:
+    """What each echo cost, by ring format and mode, counted in one boot."""
     trace = tmp_path_factory.mktemp("counting") / "trace"
     cases = list(product(RINGS, MODES))
     with ExitStack() as stack:
@@ -107,21 +108,34 @@ def counted(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], P
                 netdevs=[f"dgram,id=n-{ring},local.type=fd,local.str={fd}" for ring, fd in wires.items()],
                 pass_fds=list(wires.values()),
                 trace=(trace, TRACE_EVENTS),
+                limit=1800,
             )
         )
         machine.run("sysctl -w net.ipv6.conf.all.disable_ipv6=1 net.ipv6.conf.default.disable_ipv6=1").check()
         for number, (ring, mode) in enumerate(cases):
             echo(machine, ring, MODES[mode], chr(ord("a") + number))
-    seen = phases(trace)
-    return {case: seen[chr(ord("a") + number)] for number, case in enumerate(cases)}
+    seen = laps(trace)
+    return {
+        case: [phase for letter, phase in seen if letter == chr(ord("a") + number)]
+        for number, case in enumerate(cases)
+    }
 
 
 @pytest.mark.parametrize("ring", RINGS)
 @pytest.mark.parametrize(("mode", "interrupts"), [("poll", 0), ("msix", 1)])
 def test_a_lone_echo_is_one_register_access(
-    counted: dict[tuple[str, str], Phase], ring: str, mode: str, interrupts: int
+    counted: dict[tuple[str, str], list[Phase]], ring: str, mode: str, interrupts: int
 ) -> None:
-    seen = counted[ring, mode]
-    assert seen.accesses("virtio-pci-") == ECHOES, seen
-    assert seen.writes["virtio-pci-notify-virtio-net"] == ECHOES, seen
-    assert seen.events["virtio_notify virtio-net"] == interrupts * ECHOES, seen
+    """Exactly, and never more. On a machine so busy that the answer finds the driver awake, less is right."""
+    costs = [
+        (
+            echo.accesses("virtio-pci-"),
+            echo.writes["virtio-pci-notify-virtio-net"],
+            echo.events["virtio_notify virtio-net"],
+        )
+        for echo in counted[ring, mode]
+    ]
+    assert len(costs) == ECHOES
+    ((usual, _),) = Counter(costs).most_common(1)
+    assert usual == (1, 1, interrupts), costs
+    assert all(cost <= most for echo in costs for cost, most in zip(echo, usual, strict=True)), costs

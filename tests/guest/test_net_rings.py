@@ -32,7 +32,7 @@ def machine() -> Iterator[tuple[Machine, HostFiles]]:
             for n, case in enumerate(CASES)
         ]
         booted = Machine(
-            KERNEL, devices=devices, netdevs=[files.netdev(f"n{n}") for n in range(len(CASES))], limit=900
+            KERNEL, devices=devices, netdevs=[files.netdev(f"n{n}") for n in range(len(CASES))], limit=1800
         )
         yield stack.enter_context(booted), files
 
@@ -41,14 +41,14 @@ def machine() -> Iterator[tuple[Machine, HostFiles]]:
 def test_a_download_is_whole_over_every_ring(machine: tuple[Machine, HostFiles], number: int) -> None:
     vm, files = machine
     address = vm.address(f"net{number}")
-    up = vm.run(f"guestpv net up {address} --address 10.0.2.15/24 --detach", timeout=90).check().stdout
+    up = vm.run(f"guestpv net up {address} --address 10.0.2.15/24 --detach", timeout=300).check().stdout
     try:
         negotiated = up.split()
         for option, feature in FEATURES.items():
             assert (feature in negotiated) == (CASES[number][option] == "on"), up
-        assert " 0% packet loss" in vm.run("ping -c 2 10.0.2.2", timeout=30).stdout
-        digest = vm.run(f"wget -q -O - {GUEST_URL}/data | sha256sum", timeout=60).check().stdout
+        assert " 0% packet loss" in vm.run("ping -c 2 10.0.2.2", timeout=300).stdout
+        digest = vm.run(f"wget -q -O - {GUEST_URL}/data | sha256sum", timeout=300).check().stdout
         assert digest.split()[0] == files.sha256
     finally:
-        vm.run(f"guestpv net down {address}", timeout=60).check()
+        vm.run(f"guestpv net down {address}", timeout=300).check()
     assert vm.run(f"readlink /sys/bus/pci/devices/{address}/driver").stdout.strip().endswith("/virtio-pci")

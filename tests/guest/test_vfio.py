@@ -61,7 +61,7 @@ def rng(vm: Machine) -> Iterator[str]:
     assert driver(vm, address) == "virtio-pci"
     override = vm.run(["cat", f"/sys/bus/pci/devices/{address}/driver_override"]).stdout.strip()
     assert override == "(null)"
-    kernel_reads = vm.run("dd if=/dev/hwrng bs=16 count=1 | wc -c", timeout=30)
+    kernel_reads = vm.run("dd if=/dev/hwrng bs=16 count=1 | wc -c", timeout=180)
     assert kernel_reads.stdout.strip() == "16", "the kernel's driver works again"
 
 
@@ -123,7 +123,7 @@ say(before - free())
 del region
 say(before - free())
 """
-    vm.run("sysctl -qw vm.nr_hugepages=2").check()
+    vm.run("echo 1 > /proc/sys/vm/compact_memory; sysctl -qw vm.nr_hugepages=8").check()
     try:
         assert guest(vm, rng, script) == ["1 0 0", "1", "0"]
     finally:
@@ -214,18 +214,18 @@ def test_a_disk_claimed_out_of_sight(vm: Machine) -> None:
     name = vm.run(f"ls /sys/bus/pci/devices/{address}/virtio*/block").stdout.strip()
     claim = (
         f"import os, time; fd = os.open('/dev/{name}', os.O_RDONLY | os.O_EXCL);"
-        "print('claimed', flush=True); time.sleep(60)"
+        "print('claimed', flush=True); time.sleep(600)"
     )
     process = vm.spawn(["python", "-c", claim])
     process.wait_for("claimed")
     (refusal,) = guest(vm, address, "refused(bind, A)")
     process.signal(9)
-    process.wait(10)
+    process.wait()
     assert f"in use: the kernel holds {name}" in refusal
 
 
 def test_the_second_owner_and_unbinding_are_refused_with_the_pid(vm: Machine, rng: str) -> None:
-    process = start(vm, rng, "bind(A); function = VfioFunction(A); say('mine'); time.sleep(60)")
+    process = start(vm, rng, "bind(A); function = VfioFunction(A); say('mine'); time.sleep(600)")
     process.wait_for("mine")
     refusals = guest(vm, rng, "refused(VfioFunction, A); refused(unbind, A)")
     for refusal in refusals:
@@ -234,7 +234,7 @@ def test_the_second_owner_and_unbinding_are_refused_with_the_pid(vm: Machine, rn
     (refusal,) = guest(vm, rng, "refused(VfioFunction, A)")
     assert re.search(rf"IOMMU group \d+ is in use by {process.pid} \(python", refusal)
     process.signal(9)
-    process.wait(10)
+    process.wait()
 
 
 def test_after_kill_9_it_is_driven_again_and_given_back(vm: Machine, rng: str) -> None:
@@ -245,12 +245,12 @@ device = Rng(t)
 device.read(16)
 device.queue.add(writable=[device.buffer])
 say('driving')
-time.sleep(60)
+time.sleep(600)
 """
     process = start(vm, rng, script)
     process.wait_for("driving")
     process.signal(9)
-    assert process.wait(10).status == -9
+    assert process.wait().status == -9
     config = vm.run(f"hexdump -s 4 -n 2 -e '1/2 \"%04x\"' /sys/bus/pci/devices/{rng}/config").stdout
     assert int(config, 16) & 4 == 0, "the kernel took bus master away"
     again = """
@@ -270,7 +270,7 @@ function.bar(4)
 function.dma.map(4096)
 request = function.request_fd()
 say('ready')
-say(SYSTEM.poll([request], 30) == [request])
+say(SYSTEM.poll([request], 120) == [request])
 function.close()
 """
 
@@ -279,7 +279,7 @@ def test_unbinding_by_force_asks_the_owner_who_lets_go(vm: Machine, rng: str) ->
     process = start(vm, rng, REQUESTED)
     process.wait_for("ready")
     assert guest(vm, rng, "say(unbind(A, force=True).driver)") == ["virtio-pci"]
-    assert process.wait(30).stdout.splitlines() == ["ready", "True"]
+    assert process.wait().stdout.splitlines() == ["ready", "True"]
 
 
 def test_hot_unplug_asks_the_owner_who_lets_go(vm: Machine) -> None:
@@ -287,7 +287,7 @@ def test_hot_unplug_asks_the_owner_who_lets_go(vm: Machine) -> None:
     process = start(vm, address, REQUESTED)
     process.wait_for("ready")
     vm.unplug("hot1")
-    result = process.wait(30)
+    result = process.wait()
     assert (result.status, result.stdout.splitlines()) == (0, ["ready", "True"])
     (refusal,) = guest(vm, address, "refused(bind, A)")
     assert refusal.startswith(f"UsageError | {address} | no such PCI function")
@@ -298,6 +298,7 @@ def test_what_is_no_virtio_function(vm: Machine) -> None:
     assert "PCI id 8086:29c0 is not a virtio function" in bridge
 
 
+@pytest.mark.parametrize("kernel", ["6.1"], indirect=True)
 def test_a_group_of_several_functions_and_a_legacy_one(boot: Callable[..., Machine]) -> None:
     vm = boot(
         devices=[
@@ -332,12 +333,3 @@ say(one.info.group == two.info.group, unbind(A).driver, unbind(other).driver)
     (refusal,) = guest(vm, first, "refused(bind, A)")
     assert re.search(r"kernel module vfio-pci cannot be loaded: modprobe: ", refusal)
     assert driver(vm, first) == "virtio-pci"
-
-
-def test_without_an_iommu(boot: Callable[..., Machine]) -> None:
-    vm = boot(devices=["virtio-rng-pci,id=rng0,disable-legacy=on"], iommu="none")
-    address = vm.address("rng0")
-    (refusal,) = guest(vm, address, "refused(bind, A, force=True)")
-    assert refusal.startswith(f"Refused | {address} | no IOMMU group")
-    assert "intel_iommu=on" in refusal
-    assert driver(vm, address) == "virtio-pci"

@@ -33,5 +33,5 @@ def address(vm: Machine) -> Iterator[str]:
 
 @pytest.mark.parametrize("body", bodies.BODIES["rng"], ids=lambda body: body.__name__)
 def test(vm: Machine, address: str, body: object) -> None:
-    done = vm.run(["python", "-", address, getattr(body, "__name__", "")], stdin=SCRIPT.encode(), timeout=60)
+    done = vm.run(["python", "-", address, getattr(body, "__name__", "")], stdin=SCRIPT.encode(), timeout=600)
     assert done.status == 0, done.stderr

@@ -35,10 +35,24 @@ class Phase:
         both = self.reads + self.writes
         return sum(count for region, count in both.items() if region.startswith(prefix))
 
+    def add(self, other: "Phase") -> None:
+        """Count also what another phase saw."""
+        self.reads += other.reads
+        self.writes += other.writes
+        self.events += other.events
+
 
 def phases(trace: Path) -> dict[str, Phase]:
     """The phases in a trace file by their letter; the same letter again adds to its phase."""
     found: dict[str, Phase] = {}
+    for letter, phase in laps(trace):
+        found.setdefault(letter, Phase()).add(phase)
+    return found
+
+
+def laps(trace: Path) -> list[tuple[str, Phase]]:
+    """The phases in a trace file with their letters, in their order."""
+    found: list[tuple[str, Phase]] = []
     current = Phase()
     names: dict[str, str] = {}
     rung = ""
@@ -47,7 +61,8 @@ def phases(trace: Path) -> dict[str, Phase]:
             if region := _REGION.search(line):
                 kind, value, name = region.groups()
                 if name == _DEBUG_PORT:
-                    current = found.setdefault(chr(int(value, 16)), Phase())
+                    current = Phase()
+                    found.append((chr(int(value, 16)), current))
                 else:
                     (current.reads if kind == "read" else current.writes)[name] += 1
                     rung = name.removeprefix(_DOORBELL) if name.startswith(_DOORBELL) else rung
