@@ -20,7 +20,7 @@ VLAN_TAG: Final = 4
 MERGEABLE_BUFFER: Final = 2048
 LARGEST_FRAME: Final = 65589
 """What a receive buffer has room for where segments may come joined, without the virtio header (5.1.9.3)."""
-PARTIAL_LIMIT: Final = 5.0
+PARTIAL_LIMIT = 5.0
 """Seconds; all buffers of a frame become visible together (DEV-NET-39), so any wait is generous."""
 GSO_TYPES: Final = {
     spec.F_GUEST_TSO4: spec.GSO_TCPV4,
@@ -102,9 +102,7 @@ class NetPort:
         stride: bytes of the longest frame that can come in.
     """
 
-    def __init__(
-        self, transport: Transport, number: int, mtu: int, *, partial_limit: float = PARTIAL_LIMIT
-    ) -> None:
+    def __init__(self, transport: Transport, number: int, mtu: int) -> None:
         self._name = transport.name
         self.rx, self.tx = transport.make_queue(2 * number), transport.make_queue(2 * number + 1)
         features = transport.features
@@ -131,7 +129,7 @@ class NetPort:
         self._describe(config.tx_buffers, self.tx_slab)
         config.header, config.mergeable = header, has(spec.F_MRG_RXBUF)
         config.gso = sum({1 << kind for kind in gso})
-        config.longest, config.partial_ms = self.longest, int(partial_limit * 1000)
+        config.longest, config.partial_ms = self.longest, int(PARTIAL_LIMIT * 1000)
         self.handle = ffi.gc(lib.gpv_port_new(config), lib.gpv_port_free)
         if self.handle == ffi.NULL:
             raise MemoryError("no memory for a network port")

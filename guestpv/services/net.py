@@ -16,7 +16,7 @@ from ..spec.status import Status
 from ..system import SYSTEM
 from ..transport.base import Transport
 from .link_follow import LinkFollower, speed_text
-from .tap import Tap
+from .tap import Tap, unsupported_offloads
 
 DEFAULT_NAME = "pv%d"
 LINK_POLL = 1.0
@@ -125,7 +125,7 @@ class NetService:
             self.net = Net(
                 transport,
                 queue_pairs=queue_pairs,
-                offloads=RECEIVE_OFFLOADS | SEND_OFFLOADS | FILTERS,
+                offloads=(RECEIVE_OFFLOADS & ~unsupported_offloads()) | SEND_OFFLOADS | FILTERS,
                 started=False,
             )
             self._tap = Tap(

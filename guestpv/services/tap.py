@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import errno
 import os
+import re
 import socket
 import struct
 from types import TracebackType
@@ -13,6 +14,7 @@ from typing import Any, Final, Self
 
 from ..errors import AccessDenied, GuestpvError, UsageError
 from ..spec import net as spec
+from ..spec.features import mask
 from ..system import SYSTEM, System
 
 DEVICE: Final = "/dev/net/tun"
@@ -44,6 +46,9 @@ TUN_F_UFO: Final = 0x10
 TUN_F_USO4: Final = 0x20
 TUN_F_USO6: Final = 0x40
 
+UDP_SEGMENTATION_SINCE: Final = (6, 2)
+"""Release of Linux."""
+
 _OFFLOADS: Final = (
     (spec.F_CSUM, TUN_F_CSUM),
     (spec.F_HOST_TSO4, TUN_F_TSO4),
@@ -61,6 +66,16 @@ def offload_flags(features: int) -> int:
         if features >> bit & 1:
             flags |= flag
     return flags
+
+
+def unsupported_offloads() -> int:
+    """Receive offloads, a mask of features, whose frames this kernel's TAP does not take.
+
+    It refuses such frames one by one, so they must not be asked of the device. Before there is a link,
+    nothing but the release tells it.
+    """
+    release = tuple(int(number) for number in re.findall(r"\d+", os.uname().release)[:2])
+    return 0 if release >= UDP_SEGMENTATION_SINCE else mask((spec.F_GUEST_USO4, spec.F_GUEST_USO6))
 
 
 class Tap:

@@ -48,9 +48,12 @@ def pseudo_header(version: int, protocol: int, transport: bytes) -> bytes:
     )
 
 
-def treat(frame: bytes, flags: int, size: int | None = None) -> tuple[int, Any, bytes]:
-    header, data = ffi.new("uint8_t[12]"), ffi.new("uint8_t[]", frame)
-    header[0] = flags
+def treat(
+    frame: bytes, flags: int, size: int | None = None, told: tuple[int, ...] = (0,) * 6
+) -> tuple[int, Any, bytes]:
+    """What becomes of a frame with these flags; ``told`` is the rest of its header."""
+    header = ffi.new("uint8_t[12]", struct.pack("<BBHHHHH", flags, *told))
+    data = ffi.new("uint8_t[]", frame)
     changed = lib.gpv_leave_checksum_open(header, data, len(frame) if size is None else size)
     return changed, struct.unpack("<BBHHHHH", bytes(ffi.buffer(header))), bytes(ffi.buffer(data, len(frame)))
 
@@ -98,3 +101,33 @@ def test_a_frame_cut_anywhere_is_never_written_beyond_its_end(version: int) -> N
     for size in range(len(frame)):
         _, _, data = treat(frame, net.HDR_F_DATA_VALID, size)
         assert data[size:] == frame[size:]
+
+
+RSC = net.HDR_F_RSC_INFO
+
+
+@pytest.mark.requirement("DRV-NET-77")
+@pytest.mark.parametrize("flags", [RSC, RSC | net.HDR_F_DATA_VALID, RSC | net.HDR_F_NEEDS_CSUM])
+@pytest.mark.parametrize("version", [4, 6])
+def test_joined_segments_are_described_so_that_they_can_be_cut_again(version: int, flags: int) -> None:
+    """csum_start tells their number, csum_offset duplicate acknowledgements (5.1.9.4)."""
+    kind = net.GSO_TCPV4 if version == 4 else net.GSO_TCPV6
+    frame = packet(version, TCP)
+    changed, header, data = treat(frame, flags, told=(kind, 0, 0, 3, 5, 1))
+    start = 34 if version == 4 else 54
+    assert changed == 1
+    assert header == (net.HDR_F_NEEDS_CSUM, kind, 0, -(-len(PAYLOAD) // 3), start, 16, 1)
+    assert data[start + 16 : start + 18] != bytes(2)
+
+
+def test_a_size_that_the_device_gave_is_kept_and_a_lone_segment_is_none() -> None:
+    _, header, _ = treat(packet(4, TCP), RSC, told=(net.GSO_TCPV4, 0, 1448, 3, 0, 1))
+    assert header[3] == 1448
+    _, header, _ = treat(packet(4, TCP), RSC, told=(net.GSO_TCPV4, 0, 0, 1, 0, 1))
+    assert header[1] == net.GSO_NONE
+
+
+@pytest.mark.parametrize("frame", [b"", bytes(14), bytes(60), packet(4, 47), packet(4, TCP)[:40]])
+def test_what_cannot_have_been_joined_is_refused(frame: bytes) -> None:
+    changed, _, data = treat(frame, RSC, told=(net.GSO_TCPV4, 0, 0, 3, 0, 1))
+    assert (changed, data) == (-1, frame)
