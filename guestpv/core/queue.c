@@ -266,6 +266,11 @@ uint64_t gpv_turns(const struct gpv_queue *q)
     return q ? q->turn_published : 0;
 }
 
+uint32_t gpv_used_position(const struct gpv_queue *q)
+{
+    return q && q->packed ? gpv_place_pack(q->u.ring.next_used) : 0;
+}
+
 void gpv_violation_get(const struct gpv_queue *q, struct gpv_violation *violation)
 {
     *violation = q->violation;

@@ -109,6 +109,8 @@ uint32_t gpv_outstanding(const struct gpv_queue *q); /* buffers added and not re
 uint32_t gpv_unpublished(const struct gpv_queue *q); /* of these, added and not published */
 uint64_t gpv_kicks(const struct gpv_queue *q);
 uint64_t gpv_turns(const struct gpv_queue *q);       /* buffers published since the last restart */
+/* Packed: where the next used descriptor is awaited, offset in bits 0-14 and wrap counter in bit 15. */
+uint32_t gpv_used_position(const struct gpv_queue *q);
 void gpv_violation_get(const struct gpv_queue *q, struct gpv_violation *violation);
 
 /* After a device or queue reset only: writes ids and cookies of every buffer that never came back, oldest first, and

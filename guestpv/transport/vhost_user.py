@@ -36,7 +36,7 @@ from .base import InterruptMode, Transport
 from .vhost_user_control import NEEDS_BACK_END, ControlRing
 from .vhost_user_control import SIZE as CONTROL_SIZE
 from .vhost_user_memory import Arena, MemfdSpace
-from .vhost_user_ring import Ring, fresh_base
+from .vhost_user_ring import Ring, fresh_base, used_base
 from .vhost_user_session import Session
 
 CONFIG_LAYOUTS: Final[dict[int, Layout]] = {
@@ -365,7 +365,7 @@ class VhostUserTransport(Transport):
     def _go_live(self) -> None:
         """What DRIVER_OK means without a status register: from here on the back end may touch the rings."""
         session = self._connected()
-        if session.has(PF.INFLIGHT_SHMFD) and self._rings and not self.has(feat.F_RING_PACKED):
+        if session.has(PF.INFLIGHT_SHMFD) and self._rings:
             if self._inflight is None:
                 largest = max(ring.queue.size for ring in self._rings.values())
                 wish = Inflight(0, 0, max(self._rings) + 1, largest)
@@ -452,7 +452,7 @@ class VhostUserTransport(Transport):
         for index, ring in self._rings.items():
             queue = ring.queue
             if tracked:
-                ring.base = int(queue.device["idx"])
+                ring.base = used_base(queue)
             else:
                 self._unsubmitted.setdefault(index, []).extend(queue.drain())
                 ring.base = fresh_base(queue)

@@ -25,6 +25,13 @@ def fresh_base(queue: Virtqueue) -> int:
     return FRESH_PACKED_BASE if queue.packed else 0
 
 
+def used_base(queue: Virtqueue) -> int:
+    """SET_VRING_BASE of a ring whose completions were all taken; the back end knows what is in flight."""
+    if queue.packed:
+        return queue.used_position << 16 | queue.used_position
+    return int(queue.device["idx"])
+
+
 class PolledQueue(Virtqueue):
     """A queue without an interrupt, whose waiters look now and then whether the back end is alive."""
 

@@ -171,6 +171,11 @@ class Virtqueue:
         return int(self._lib.gpv_outstanding(self.handle))
 
     @property
+    def used_position(self) -> int:
+        """Packed: where the next used descriptor is awaited, its wrap counter in bit 15."""
+        return int(self._lib.gpv_used_position(self.handle))
+
+    @property
     def kicks(self) -> int:
         """Notifications sent so far."""
         return int(self._lib.gpv_kicks(self.handle))
