@@ -66,3 +66,27 @@ def test_a_download_over_tcp_is_whole(network: Backend, tmp_path: Path, options:
     assert done.returncode == 0, done.stdout + done.stderr
     assert PASST_ADDRESS in done.stdout
     assert hashlib.sha256(DATA).hexdigest() in done.stdout
+
+
+def test_a_network_that_ends_in_use_is_said(network: Backend, tmp_path: Path) -> None:
+    """The link goes, and the reason with what to do stays; frames in flight are lost, as on any cable."""
+    command = [*UNSHARE, sys.executable, "-m", "guestpv", "net", "up", f"vhost-user:net:{network.socket}"]
+    environment = UNBUFFERED | {
+        "RUNTIME_DIRECTORY": str(tmp_path / "run"),
+        "PYTHONPATH": str(Path(__file__).resolve().parents[2]),
+    }
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
+    ) as link:
+        assert link.stdout is not None
+        said = ""
+        while PASST_ADDRESS not in said:
+            line = link.stdout.readline()
+            assert line, said
+            said += line
+        network.kill()
+        said += link.communicate(timeout=120)[0]
+    assert link.returncode == 1, said
+    assert "the back end closed the connection" in said
+    assert str(network.socket) in said
+    assert "start the back end again" in said
