@@ -10,7 +10,7 @@ import os
 import time
 from collections.abc import Iterable
 from types import TracebackType
-from typing import Self
+from typing import Any, Self, SupportsBytes
 
 from ..errors import UsageError
 from ..spec import net as spec
@@ -154,15 +154,17 @@ class Net:
 
     # Frames, one at a time.
 
-    def send(self, frames: Iterable[bytes]) -> int:
+    def send(self, frames: Iterable[SupportsBytes]) -> int:
         """Send Ethernet frames without their checksum; returns how many the device was given.
+
+        A frame is bytes or anything that ``bytes`` makes a frame of, such as a packet of scapy's.
 
         Fewer than asked when the transmit queue is full; send the rest later.
 
         Raises:
             UsageError: a frame is shorter than its header or longer than the MTU allows; nothing was sent.
         """
-        return self.pairs[0].send(Frames.of(list(frames)))
+        return self.pairs[0].send(Frames.of([bytes(frame) for frame in frames]))
 
     def receive(self) -> list[bytes]:
         """All whole frames that have come in, oldest first, without the virtio header.
@@ -175,6 +177,18 @@ class Net:
         while got := port.receive(port.rx.size):
             frames += [got[row] for row in range(len(got))]
         return frames
+
+    def receive_packets(self) -> list[Any]:
+        """As ``receive``, as packets of scapy's (``Ether``).
+
+        Raises:
+            UsageError: scapy is not installed.
+        """
+        try:
+            from scapy.layers.l2 import Ether
+        except ImportError:
+            raise UsageError("scapy is not installed", hint="pip install 'guestpv[scapy]'") from None
+        return [Ether(frame) for frame in self.receive()]
 
     def wait(self, timeout: float | None = None) -> bool:
         """Wait until something was received; False when ``timeout`` seconds went by."""

@@ -144,6 +144,11 @@ class NetPort:
         if not self.rx.handle or not self.tx.handle:
             raise UsageError("the network port is closed", where=self._name)
 
+    def own(self) -> None:
+        """Make the calling thread the owner of both queues."""
+        self.rx.own()
+        self.tx.own()
+
     def start(self) -> None:
         """Hand every receive buffer to the device."""
         self._open()
