@@ -25,7 +25,7 @@ from ..errors import GuestpvError, TimeLimit, UsageError
 
 LINE_LIMIT: Final = 1 << 20
 """Bytes of the longest line either side accepts."""
-STATUS_TIME_LIMIT: Final = 5.0
+STATUS_TIME_LIMIT: Final = 15.0
 DOWN_TIME_LIMIT: Final = 60.0
 
 Data = dict[str, Any]
@@ -38,13 +38,17 @@ class ControlServer:
         directory: where the socket goes; nobody else can write there.
         status: what to answer to ``status``; called in the server's thread.
         wake: called in the server's thread when a client asks for the end.
+        verb: ``net``, ``blk`` or ``balloon``: whose commands messages name.
 
     Attributes:
         farewell: the answer to those who asked for the end, given by ``close``.
     """
 
-    def __init__(self, directory: str, status: Callable[[], Data], wake: Callable[[], None]) -> None:
+    def __init__(
+        self, directory: str, status: Callable[[], Data], wake: Callable[[], None], verb: str = "net"
+    ) -> None:
         self.farewell: Data = {}
+        self._verb = verb
         self._directory = Path(directory)
         self._status = status
         self._wake = wake
@@ -70,7 +74,7 @@ class ControlServer:
             raise UsageError(
                 f"{name} is up already, in process {taken.get('pid')}",
                 where=str(path),
-                hint="guestpv net status",
+                hint=f"guestpv {self._verb} status",
             )
         hidden = path.with_name(f".{name}.{os.getpid()}")
         hidden.unlink(missing_ok=True)
@@ -204,7 +208,7 @@ class Endpoint:
 
     @property
     def name(self) -> str:
-        """The name it was given: that of its network link."""
+        """The name it was given, such as that of its network link."""
         return self.path.stem
 
 
@@ -224,8 +228,11 @@ def endpoints(directory: str) -> list[Endpoint]:
     return found
 
 
-def find(directory: str, wanted: str | None) -> list[Endpoint]:
+def find(directory: str, wanted: str | None, verb: str = "net") -> list[Endpoint]:
     """Those of what is up that ``wanted`` names: a link, a PCI address, a SPEC, or None for all.
+
+    Args:
+        verb: as for ``ControlServer``.
 
     Raises:
         UsageError: a name was given and nothing of that name is up.
@@ -241,7 +248,8 @@ def find(directory: str, wanted: str | None) -> list[Endpoint]:
     if not found:
         names = " ".join(endpoint.name for endpoint in everything)
         raise UsageError(
-            f"{wanted} is not up", hint=f"up are: {names}" if names else "nothing is up: guestpv net up"
+            f"{wanted} is not up",
+            hint=f"up are: {names}" if names else f"nothing is up: guestpv {verb} up",
         )
     return found
 

@@ -17,7 +17,7 @@ from .survey import DEVICES, VFIO_DRIVER, Function, Member, driver_of, look_up
 
 DRIVERS: Final = "/sys/bus/pci/drivers"
 PROBE: Final = "/sys/bus/pci/drivers_probe"
-TIME_LIMIT: Final = 10.0
+TIME_LIMIT: Final = 30.0
 """Seconds for a driver to be bound, or for a node to appear."""
 
 
@@ -98,7 +98,13 @@ def unbind(address: str, *, force: bool = False, system: System = SYSTEM) -> Unb
         AccessDenied: not root.
         TimeLimit: no driver took it in time.
     """
-    function = look_up(address, system)
+    try:
+        function = look_up(address, system)
+    except UsageError as error:
+        # Unplugged while it was bound: the next function at this place shall not inherit its record.
+        if error.where and not system.exists(f"{DEVICES}/{error.where}"):
+            forget(error.where, system)
+        raise
     address = function.address
     bound = function.driver == VFIO_DRIVER
     if bound and not force:
@@ -117,7 +123,7 @@ def _take(function: Function, undo: ExitStack, system: System) -> None:
     """Move the function from its driver to vfio-pci; ``undo`` gets the way back, before each step."""
     address = function.address
     record = {"address": address, "driver": function.driver}
-    undo.callback(_forget, address, system)
+    undo.callback(forget, address, system)
     _remember(record, system)
     with _explained(address, "binding it to vfio-pci", f"bind {address}"):
         undo.callback(_restore, address, record, system)
@@ -247,7 +253,8 @@ def _recall(address: str, system: System) -> dict[str, str | None] | None:
     return None
 
 
-def _forget(address: str, system: System) -> None:
+def forget(address: str, system: System = SYSTEM) -> None:
+    """Drop the record of the driver that a function had, if there is one."""
     path = _record_path(address, system)
     for name in (path, path + ".new"):
         with suppress(FileNotFoundError):

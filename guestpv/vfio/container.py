@@ -123,7 +123,7 @@ class Type1Container:
             raise Refused(
                 f"IOMMU group {self.number} is in use by {owners}",
                 where=self.node,
-                hint="a group has one owner at a time: end that process (`guestpv net down`, or kill)",
+                hint="a group has one owner at a time: `guestpv net|blk|balloon down`, or kill that process",
             ) from error
 
     def _join(self, kind: int) -> None:

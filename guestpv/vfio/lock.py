@@ -72,7 +72,7 @@ class FunctionLock:
                 raise Refused(
                     f"process {owner or '(just starting)'} drives this function already",
                     where=name,
-                    hint="`guestpv net status` asks it how it is, `guestpv net down` or `kill` ends it",
+                    hint="`guestpv net|blk|balloon status` asks it how it is; `down`, or `kill`, ends it",
                 ) from error
             raise
         self._fd = fd

@@ -208,6 +208,14 @@ class FakeKernel(System):
             self.nodes.setdefault(f"/dev/vfio/{function.group}", 0)
         self.log.append(f"{driver} takes {function.address}")
 
+    def remove(self, address: str) -> None:
+        """Hot-unplug a function."""
+        self._detach(self.functions.pop(address))
+        root = f"/sys/bus/pci/devices/{address}"
+        for table in (self.files, self.links):
+            for path in [path for path in table if path == root or path.startswith(f"{root}/")]:
+                del table[path]
+
     def _detach(self, function: FakeFunction) -> None:
         if function.driver is None:
             return

@@ -75,6 +75,9 @@ def test_finding_by_name_address_or_spec(server: ControlServer, runtime: Path, n
 
 def test_finding_what_is_not_there(server: ControlServer, runtime: Path) -> None:
     assert find(str(runtime), None) == []
+    with pytest.raises(UsageError) as caught:
+        find(str(runtime), "nbd1", "blk")
+    assert caught.value.hint == "nothing is up: guestpv blk up"
     with pytest.raises(UsageError, match="pv1 is not up") as caught:
         find(str(runtime), "pv1")
     assert "nothing is up" in caught.value.hint
@@ -114,9 +117,10 @@ def test_a_name_that_is_taken_is_refused(server: ControlServer, runtime: Path) -
     server.listen("pv0")
     with (
         ControlServer(str(runtime), dict, lambda: None) as second,
-        pytest.raises(UsageError, match=f"pv0 is up already, in process {os.getpid()}"),
+        pytest.raises(UsageError, match=f"pv0 is up already, in process {os.getpid()}") as caught,
     ):
         second.listen("pv0")
+    assert caught.value.hint == "guestpv net status"
     assert [endpoint.name for endpoint in endpoints(str(runtime))] == ["pv0"]
     assert len(list(runtime.iterdir())) == 1
 
