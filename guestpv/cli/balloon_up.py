@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import re
 import sys
-import time
 from contextlib import ExitStack
 from typing import Any
 
@@ -82,7 +80,8 @@ def up(
     Without SPEC it takes the balloon, if there is exactly one that can be driven.
     """
     from ..services.control import detach as run_detached
-    from .balloon_session import BalloonSession, Wishes
+    from .balloon_session import BALLOON, BalloonSession, Wishes
+    from .driven import in_background
 
     if rate < 4096:
         raise UsageError(f"--rate {rate} is less than a page a second", hint="guestpv balloon up --help")
@@ -92,28 +91,11 @@ def up(
         def is_up(data: dict[str, Any]) -> None:
             report.done(data, lambda: show(data, f"Up in the background, process {data['pid']}."))
 
-        run_detached(lambda ready: in_background(wishes, ready), is_up)
+        run_detached(
+            lambda ready: in_background(BALLOON, lambda tell: BalloonSession(wishes, tell), ready), is_up
+        )
     else:
         in_foreground(BalloonSession, wishes, report)
-
-
-def in_background(wishes: Any, ready: Any) -> None:
-    """Run a session whose events go into a log file beside its control socket."""
-    from .balloon_session import BalloonSession, directory
-
-    def tell(event: str) -> None:
-        os.write(1, f"{time.strftime('%F %T')} {event}\n".encode())
-
-    def start_log(status: dict[str, Any]) -> None:
-        path = os.path.join(directory(), f"{status['name']}.log")
-        log = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-        os.dup2(log, 1)
-        os.dup2(log, 2)
-        os.close(log)
-        tell("up")
-        ready(status | {"log": path})
-
-    BalloonSession(wishes, tell).run(start_log, lambda status: None)
 
 
 def in_foreground(session_type: Any, wishes: Any, report: Report) -> None:

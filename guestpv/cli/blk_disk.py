@@ -19,7 +19,7 @@ from ..errors import GuestpvError, UsageError
 from ..opener import SCHEMES, Spec
 from ..opener import open as open_transport
 from ..vfio.binding import bind, unbind
-from .blk_session import require_blk
+from .blk_session import BLK
 from .report import Report
 
 CHUNK: Final = 1 << 20
@@ -76,7 +76,7 @@ def opened(spec: str) -> Iterator[Blk]:
                 undo.callback(unbind, parsed.body)
         transport = open_transport(spec)
         undo.callback(transport.close)
-        require_blk(transport.device_type, transport.name)
+        BLK.require(transport.device_type, transport.name)
         yield undo.enter_context(Blk(transport))
 
 

@@ -7,7 +7,7 @@ import os
 
 import click
 
-from ..errors import GuestpvError, Refused, TimeLimit, UsageError
+from ..errors import Refused
 from .report import Report, reporting
 
 EXAMPLE = """\b
@@ -29,37 +29,14 @@ def down(report: Report, name: str | None, everything: bool) -> None:
     the device is reset, its memory unmapped, and the function is given back to the kernel's driver if
     `blk up` took it from there.
     """
-    from ..services.control import DOWN_TIME_LIMIT, ask
-    from .blk_session import find
-    from .net_down import where_it_is
+    from .blk_session import BLK
+    from .driven import end
 
-    found = find(name)
-    if not found and not everything:
-        raise UsageError("nothing is up", hint="guestpv blk status")
-    if len(found) > 1 and not everything:
-        names = " ".join(endpoint.name for endpoint in found)
-        raise UsageError(
-            f"which one? up are: {names}", hint="guestpv blk down NAME, or guestpv blk down --all"
-        )
-    for endpoint in found:
-        require_unused(str(endpoint.status.get("path", "")))
-    ended = []
-    for endpoint in found:
-        try:
-            farewell = ask(endpoint.path, "down", DOWN_TIME_LIMIT)
-        except TimeLimit as error:
-            raise TimeLimit(
-                error.message, where=endpoint.name, hint=f"kill {endpoint.status.get('pid', 'PID')}"
-            ) from error
-        if "error" in farewell:
-            raise GuestpvError(f"it ended with an error: {farewell['error']}", where=endpoint.name)
-        ended.append(farewell)
-
-    def show() -> None:
-        for one in ended:
-            click.echo(f"{one['name']} is down{where_it_is(one)}")
-
-    report.done(ended, show)
+    found = BLK.find(name and name.removeprefix("/dev/"))
+    if everything or len(found) == 1:
+        for endpoint in found:
+            require_unused(str(endpoint.status.get("path", "")))
+    end(report, BLK, found, everything)
 
 
 def require_unused(path: str) -> None:

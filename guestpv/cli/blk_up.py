@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import time
 from typing import Any
 
 import click
@@ -57,7 +55,8 @@ def up(
     system or a database relies on holds here as it does with the kernel's driver.
     """
     from ..services.control import detach as run_detached
-    from .blk_session import BlkSession, Wishes
+    from .blk_session import BLK, BlkSession, Wishes
+    from .driven import in_background
 
     wishes = Wishes(spec=spec, features=features, index=index, queues=queues, poll=poll, force=force)
     if detach:
@@ -65,7 +64,7 @@ def up(
         def is_up(data: dict[str, Any]) -> None:
             report.done(data, lambda: show(data, f"Up in the background, process {data['pid']}."))
 
-        run_detached(lambda ready: in_background(wishes, ready), is_up)
+        run_detached(lambda ready: in_background(BLK, lambda tell: BlkSession(wishes, tell), ready), is_up)
         return
 
     def ready(status: dict[str, Any]) -> None:
@@ -78,25 +77,6 @@ def up(
             report.say(event)
 
     BlkSession(wishes, tell).run(ready, lambda status: None)
-
-
-def in_background(wishes: Any, ready: Any) -> None:
-    """Run a session whose events go into a log file beside its control socket."""
-    from .blk_session import BlkSession, directory
-
-    def tell(event: str) -> None:
-        os.write(1, f"{time.strftime('%F %T')} {event}\n".encode())
-
-    def start_log(status: dict[str, Any]) -> None:
-        path = os.path.join(directory(), f"{status['name']}.log")
-        log = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-        os.dup2(log, 1)
-        os.dup2(log, 2)
-        os.close(log)
-        tell("up")
-        ready(status | {"log": path})
-
-    BlkSession(wishes, tell).run(start_log, lambda status: None)
 
 
 def show(status: dict[str, Any], closing: str) -> None:

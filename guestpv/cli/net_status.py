@@ -24,10 +24,9 @@ def status(report: Report, name: str | None) -> None:
 
     rx counts from the device to the link, tx the other way; kicks are doorbells rung.
     """
-    from ..services.control import find
-    from ..vfio.lock import runtime_directory
+    from .session import NET
 
-    found = [endpoint.status for endpoint in find(runtime_directory(), name)]
+    found = [endpoint.status for endpoint in NET.find(name)]
     report.done(found, lambda: show(found, report.verbose))
 
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import sys
-import time
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
@@ -70,7 +68,8 @@ def up(
     """
     from ..services.addressing import static
     from ..services.control import detach as run_detached
-    from .session import Session, Wishes
+    from .driven import in_background
+    from .session import NET, Session, Wishes
 
     if no_address and address:
         raise UsageError("--address and --no-address exclude each other", hint="guestpv net up --help")
@@ -91,29 +90,9 @@ def up(
         def is_up(data: dict[str, Any]) -> None:
             report.done(data, lambda: show(data, f"Up in the background, process {data['pid']}."))
 
-        run_detached(lambda ready: in_background(wishes, ready), is_up)
+        run_detached(lambda ready: in_background(NET, lambda tell: Session(wishes, tell), ready), is_up)
     else:
         in_foreground(Session, wishes, report)
-
-
-def in_background(wishes: Any, ready: Any) -> None:
-    """Run a session whose events go into a log file beside its control socket."""
-    from ..vfio.lock import runtime_directory
-    from .session import Session
-
-    def tell(event: str) -> None:
-        os.write(1, f"{time.strftime('%F %T')} {event}\n".encode())
-
-    def start_log(status: dict[str, Any]) -> None:
-        path = os.path.join(runtime_directory(), f"{status['name']}.log")
-        log = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-        os.dup2(log, 1)
-        os.dup2(log, 2)
-        os.close(log)
-        tell("up")
-        ready(status | {"log": path})
-
-    Session(wishes, tell).run(start_log, lambda status: None)
 
 
 def in_foreground(session_type: type[Session], wishes: Any, report: Report) -> None:

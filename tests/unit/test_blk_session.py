@@ -13,7 +13,7 @@ import pytest
 from click.testing import CliRunner
 
 from guestpv.cli import blk_session
-from guestpv.cli.blk_session import BlkSession, Wishes, directory
+from guestpv.cli.blk_session import BLK, BlkSession, Wishes
 from guestpv.cli.main import main
 from guestpv.errors import DeviceGone, GuestpvError, Refused, UsageError
 from guestpv.services.control import ask
@@ -62,7 +62,7 @@ def stage(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     log.clear()
     FakeService.busy, FakeService.events = 0, []
     yield
-    assert not list(Path(directory()).glob("*.sock"))
+    assert not list(Path(BLK.directory()).glob("*.sock"))
 
 
 def session(spec: str = "loopback:blk", **wishes: Any) -> tuple[BlkSession, list[str]]:
@@ -72,7 +72,7 @@ def session(spec: str = "loopback:blk", **wishes: Any) -> tuple[BlkSession, list
 
 def down_at_once(status: dict[str, Any]) -> None:
     def end() -> None:
-        answers.append(ask(Path(directory()) / "nbd7.sock", "down", 60))
+        answers.append(ask(Path(BLK.directory()) / "nbd7.sock", "down", 60))
 
     answers: list[dict[str, Any]] = []
     status["thread"] = threading.Thread(target=end)

@@ -14,8 +14,10 @@ from typing import Any
 
 import pytest
 
+from guestpv.cli import driven
 from guestpv.cli import session as module
-from guestpv.cli.session import Session, Wishes, choose
+from guestpv.cli.session import NET as KIND
+from guestpv.cli.session import Session, Wishes
 from guestpv.cli.signals import Stop, Stopped
 from guestpv.errors import DeviceGone, DeviceViolation, GuestpvError, Refused, TimeLimit, UsageError
 from guestpv.services.control import ask, endpoints
@@ -136,11 +138,11 @@ def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
     world = World()
     FakeService.world = FakeAddressing.world = world
     monkeypatch.setenv("RUNTIME_DIRECTORY", str(tmp_path))
-    monkeypatch.setattr(module, "bind", world.bind)
-    monkeypatch.setattr(module, "unbind", world.unbind)
-    monkeypatch.setattr(module, "open_transport", world.open)
-    monkeypatch.setattr(module, "look_up", lambda address: real_look_up(address, world.kernel))
-    monkeypatch.setattr(module, "survey", lambda: real_survey(world.kernel))
+    monkeypatch.setattr(driven, "bind", world.bind)
+    monkeypatch.setattr(driven, "unbind", world.unbind)
+    monkeypatch.setattr(driven, "open_transport", world.open)
+    monkeypatch.setattr(driven, "look_up", lambda address: real_look_up(address, world.kernel))
+    monkeypatch.setattr(driven, "survey", lambda: real_survey(world.kernel))
     monkeypatch.setattr(module, "NetService", FakeService)
     monkeypatch.setattr(module, "Addressing", FakeAddressing)
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
@@ -274,9 +276,9 @@ def failing_unbind(world: World, monkeypatch: pytest.MonkeyPatch, error: Excepti
         real_unbind(address, system=world.kernel)
         raise error
 
-    monkeypatch.setattr(module, "unbind", fail)
-    monkeypatch.setattr(module, "UNPLUG_TIME_LIMIT", 0.1)
-    monkeypatch.setattr(module, "SYSTEM", SimpleNamespace(exists=lambda path: there))
+    monkeypatch.setattr(driven, "unbind", fail)
+    monkeypatch.setattr(driven, "UNPLUG_TIME_LIMIT", 0.1)
+    monkeypatch.setattr(driven, "SYSTEM", SimpleNamespace(exists=lambda path: there))
 
 
 @pytest.mark.parametrize(
@@ -383,13 +385,13 @@ def test_down_while_an_address_is_awaited(world: World) -> None:
 
 
 def test_the_only_one_is_chosen(world: World) -> None:
-    assert choose(force=False).address == NET
+    assert KIND.choose(force=False).address == NET
 
 
 def test_several_are_named(world: World) -> None:
     world.kernel.add("0000:00:05.0", group=9)
     with pytest.raises(UsageError, match=f"which one.*{NET}.*0000:00:05.0") as caught:
-        choose(force=False)
+        KIND.choose(force=False)
     assert NET in caught.value.hint
 
 
@@ -398,16 +400,16 @@ def test_none_says_why(world: World) -> None:
     route = "eth0 00000000 0202000A 0003 0 0 0 00000000 0 0 0"
     world.kernel.files["/proc/net/route"] = f"Iface Destination\n{route}"
     with pytest.raises(Refused, match="eth0 carries the default route") as caught:
-        choose(force=False)
+        KIND.choose(force=False)
     assert "--force" in caught.value.hint
-    assert choose(force=True).address == NET
+    assert KIND.choose(force=True).address == NET
     world.kernel.files["/proc/net/route"] = "x"
 
 
 def test_there_is_no_network_function(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "survey", list)
+    monkeypatch.setattr(driven, "survey", list)
     with pytest.raises(Refused, match="no virtio network function") as caught:
-        choose(force=False)
+        KIND.choose(force=False)
     assert "-device virtio-net-pci" in caught.value.hint
 
 

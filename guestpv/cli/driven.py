@@ -1,0 +1,357 @@
+"""What the `up` verbs have in common: a function from bind to give-back, each step with its undo."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import Callable
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
+from typing import Any, ClassVar, Final, Protocol
+
+import click
+
+from ..errors import DeviceGone, GuestpvError, Refused, TimeLimit, UsageError
+from ..opener import Spec
+from ..opener import open as open_transport
+from ..pci.capabilities import type_name
+from ..services.control import DOWN_TIME_LIMIT, ControlServer, Endpoint, ask
+from ..services.control import find as find_endpoints
+from ..spec import features as feat
+from ..system import SYSTEM
+from ..transport.base import FeatureFilter, Transport
+from ..vfio.binding import bind, unbind
+from ..vfio.lock import runtime_directory
+from ..vfio.survey import DEVICES, Function, look_up, survey
+from .report import Report
+from .signals import Stop
+
+TICK: Final = 1.0
+"""Seconds between looks at what is up."""
+UNPLUG_TIME_LIMIT: Final = 3.0
+EVENTS_KEPT: Final = 50
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """A kind of device that can be up.
+
+    Attributes:
+        device_type: virtio device id.
+        verb: ``net`` of ``guestpv net up``.
+        noun: what a device of another type is none of.
+        one: what there is none of, or none that can be driven.
+        qemu: options that give a machine one.
+        beside: whether its control sockets have a directory of their own.
+    """
+
+    device_type: int
+    verb: str
+    noun: str
+    one: str
+    qemu: str
+    beside: bool = True
+
+    def directory(self) -> str:
+        """Where its control sockets are."""
+        if not self.beside:
+            return runtime_directory()
+        path = os.path.join(runtime_directory(), self.verb)
+        with suppress(FileExistsError):
+            os.mkdir(path, 0o700)
+        return path
+
+    def find(self, wanted: str | None) -> list[Endpoint]:
+        """Those that are up, or the one with this name, PCI address or SPEC.
+
+        Raises:
+            UsageError: one was named that is not up.
+        """
+        return find_endpoints(self.directory(), wanted, self.verb)
+
+    def require(self, device_type: int, name: str) -> None:
+        """Raise UsageError unless it is such a device."""
+        if device_type != self.device_type:
+            raise UsageError(
+                f"it is a virtio {type_name(device_type)} device, no {self.noun}",
+                where=name,
+                hint="guestpv list",
+            )
+
+    def choose(self, force: bool) -> Function:
+        """The only one that can be driven.
+
+        Args:
+            force: one that is in use counts, too.
+
+        Raises:
+            Refused: there is none.
+            UsageError: there are several.
+        """
+        known = [function for function in survey() if function.type == self.device_type]
+        if not known:
+            raise Refused(f"this machine has no virtio {self.one}", hint=f"QEMU: {self.qemu}")
+        found = [function for function in known if function.drivable or (force and function.uses)]
+        if not found:
+            reasons = "; ".join(f"{function.address}: {function.problem}" for function in known)
+            raise Refused(f"no {self.one} can be driven: {reasons}", hint=known[0].hint)
+        if len(found) > 1:
+            names = ", ".join(f"{one.address} (driver {one.driver or 'none'})" for one in found)
+            raise UsageError(f"which one? {names}", hint=f"guestpv {self.verb} up {found[0].address}")
+        return found[0]
+
+
+class Asked(Protocol):
+    """What the user of every kind can ask for: a SPEC, features, and to take what is in use."""
+
+    @property
+    def spec(self) -> str | None: ...
+    @property
+    def features(self) -> str: ...
+    @property
+    def force(self) -> bool: ...
+
+
+class Driven(ABC):
+    """A driven device, from ``run`` to its end.
+
+    Args:
+        asked: what the user asked for.
+        tell: called with every event in words.
+    """
+
+    kind: ClassVar[Kind]
+
+    def __init__(self, asked: Asked, tell: Callable[[str], None]) -> None:
+        self._asked = asked
+        self._tell = tell
+        self._events: deque[dict[str, Any]] = deque(maxlen=EVENTS_KEPT)
+        # The control thread must not look at counters of something that is being freed.
+        self._lock = threading.Lock()
+        self._started = time.time()
+        self._spec = ""
+        self._function = ""
+        self._driver_before: str | None = None
+        self._bound = False
+
+    def run(self, ready: Callable[[dict[str, Any]], None], refresh: Callable[[dict[str, Any]], None]) -> None:
+        """Bring it up, call ``ready`` once, look after it until somebody ends it, undo everything.
+
+        Args:
+            ready: called with the status once it is up.
+            refresh: called with the status every second.
+
+        Raises:
+            Stopped: a signal came before it was up.
+            GuestpvError: it could not be brought up, or came to an end by itself; everything is undone.
+        """
+        kind = self.kind
+        with Stop() as stop, ControlServer(kind.directory(), self.status, stop.wake, kind.verb) as control:
+            try:
+                with ExitStack() as undo:
+                    self._bring_up(undo, stop, control)
+                    name = self._name
+                    ready(self.status())
+                    while not ((stop.wanted or control.down_requested) and self._may_end()):
+                        self._look_after(stop, TICK)
+                        refresh(self.status())
+                    self._say(f"going down: {stop.reason or f'guestpv {kind.verb} down'}")
+            except GuestpvError as error:
+                control.farewell = {
+                    "error": f"{error.where}: {error.message}" if error.where else error.message
+                }
+                raise
+            control.farewell = {"name": name, "function": self._function, "driver": self._driver_after()}
+
+    @abstractmethod
+    def _bring_up(self, undo: ExitStack, stop: Stop, control: ControlServer) -> None:
+        """Open it, start what serves it, and listen."""
+
+    @abstractmethod
+    def _watch(self, seconds: float, wake_fd: int) -> list[str]:
+        """What happened within so many seconds, or until the descriptor is readable."""
+
+    @property
+    def _name(self) -> str:
+        return self._function
+
+    def _may_end(self) -> bool:
+        """Whether nobody uses it, when somebody wants it to end."""
+        return True
+
+    def _open(self, undo: ExitStack, stop: Stop) -> Transport:
+        """The device, bound if nobody had it, with the features that were asked for."""
+        asked = self._asked
+        wanted = FeatureFilter.parse(asked.features, self.kind.device_type)
+        spec = Spec.parse(asked.spec) if asked.spec else Spec("vfio", self.kind.choose(asked.force).address)
+        self._spec = asked.spec or f"vfio:{spec.body}"
+        if spec.scheme == "vfio":
+            self._take(spec.body, undo)
+        stop.check()
+        transport = open_transport(self._spec)
+        undo.callback(transport.close)
+        self._function = transport.name
+        self.kind.require(transport.device_type, transport.name)
+        if asked.features:
+            transport.feature_filter = wanted
+        stop.check()
+        return transport
+
+    def _take(self, address: str, undo: ExitStack) -> None:
+        """Bind the function if nobody did; what was bound here is given back here."""
+        function = look_up(address)
+        self._function = function.address
+        self.kind.require(function.type, function.address)
+        bound = bind(function.address, force=self._asked.force)
+        self._driver_before, self._bound = bound.driver, bound.changed
+        if bound.changed:
+            undo.callback(self._give_back)
+            self._say(f"{function.address} taken from {bound.driver or 'no driver'}")
+
+    def _give_back(self) -> None:
+        try:
+            unbind(self._function)
+        except (GuestpvError, OSError):
+            if not self._unplugged():
+                raise
+            self._say(f"{self._function} is unplugged: there is nothing to give back")
+            return
+        self._say(f"{self._function} given back to {self._driver_after() or 'no driver'}")
+
+    def _unplugged(self) -> bool:
+        """Whether it goes away: while the kernel removes it, its files fail in all kinds of ways."""
+        deadline = time.monotonic() + UNPLUG_TIME_LIMIT
+        while time.monotonic() < deadline:
+            if not SYSTEM.exists(f"{DEVICES}/{self._function}"):
+                return True
+            time.sleep(0.02)
+        return False
+
+    def _driver_after(self) -> str | None:
+        """The kernel driver that has the function now; None where it is none of the kernel's."""
+        try:
+            return look_up(self._function).driver
+        except UsageError:
+            return None
+
+    def _look_after(self, stop: Stop, seconds: float) -> None:
+        events = self._watch(seconds, stop.fd)
+        # What woke us is looked at next, by the caller.
+        stop.calm()
+        for event in events:
+            self._say(event)
+        self._judge(events)
+
+    def _judge(self, events: list[str]) -> None:
+        """Raise what it cannot go on after."""
+        if "release requested" in events:
+            raise DeviceGone(
+                "the kernel asked for the function back: it is being unplugged, or somebody unbinds it",
+                where=self._function,
+            )
+        if "bus error" in events:
+            raise DeviceGone(
+                "the function reported an unrecoverable bus error", where=self._function, hint="dmesg | tail"
+            )
+
+    def _say(self, event: str) -> None:
+        self._events.append({"time": time.time(), "event": event})
+        self._tell(event)
+
+    def _identity(self, features: int) -> dict[str, Any]:
+        """What it is, without its name; ``features`` is the negotiated mask."""
+        return {
+            "spec": self._spec,
+            "function": self._function,
+            "pid": os.getpid(),
+            "started": self._started,
+            "driver_before": self._driver_before,
+            "stays_bound": Spec.parse(self._spec).scheme == "vfio" and not self._bound,
+            "features": feat.feature_names(self.kind.device_type, features),
+            "feature_mask": hex(features),
+        }
+
+    @abstractmethod
+    def status(self) -> dict[str, Any]:
+        """What it is and how it stands, from any thread."""
+
+
+def in_background(
+    kind: Kind,
+    make: Callable[[Callable[[str], None]], Driven],
+    ready: Callable[[dict[str, Any]], None],
+) -> None:
+    """Run what ``make`` gives, with its events in a log file beside its control socket."""
+
+    def tell(event: str) -> None:
+        os.write(1, f"{time.strftime('%F %T')} {event}\n".encode())
+
+    def start_log(status: dict[str, Any]) -> None:
+        path = os.path.join(kind.directory(), f"{status['name']}.log")
+        log = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        os.dup2(log, 1)
+        os.dup2(log, 2)
+        os.close(log)
+        tell("up")
+        ready(status | {"log": path})
+
+    make(tell).run(start_log, lambda status: None)
+
+
+def end(
+    report: Report,
+    kind: Kind,
+    found: list[Endpoint],
+    everything: bool,
+    called: Callable[[dict[str, Any]], str] = lambda farewell: str(farewell["name"]),
+) -> None:
+    """End what was found, wait for it, and say who has the function now.
+
+    Args:
+        report: where to say it.
+        kind: of all of them.
+        found: what is up and was named.
+        everything: whether none, or several, are well.
+        called: what to call it, from its farewell.
+
+    Raises:
+        UsageError: not exactly one, and not ``everything``.
+        TimeLimit: one does not end.
+        GuestpvError: one ended with an error.
+    """
+    if not found and not everything:
+        raise UsageError("nothing is up", hint=f"guestpv {kind.verb} status")
+    if len(found) > 1 and not everything:
+        names = " ".join(endpoint.name for endpoint in found)
+        down = f"guestpv {kind.verb} down"
+        raise UsageError(f"which one? up are: {names}", hint=f"{down} NAME, or {down} --all")
+    ended = []
+    for endpoint in found:
+        try:
+            farewell = ask(endpoint.path, "down", DOWN_TIME_LIMIT)
+        except TimeLimit as error:
+            raise TimeLimit(
+                error.message, where=endpoint.name, hint=f"kill {endpoint.status.get('pid', 'PID')}"
+            ) from error
+        if "error" in farewell:
+            raise GuestpvError(f"it ended with an error: {farewell['error']}", where=endpoint.name)
+        ended.append(farewell)
+
+    def show() -> None:
+        for one in ended:
+            click.echo(f"{called(one)} is down{where_it_is(one)}")
+
+    report.done(ended, show)
+
+
+def where_it_is(farewell: dict[str, str | None]) -> str:
+    """Who has the function now, where it is one of the kernel's."""
+    function, driver = farewell["function"], farewell["driver"]
+    if driver is None:
+        return "."
+    if driver == "vfio-pci":
+        return f"; {function} stays bound to vfio-pci (guestpv unbind {function})."
+    return f"; {driver} has {function} again."
