@@ -212,7 +212,7 @@ class FakeKernel(System):
         """Hot-unplug a function."""
         self._detach(self.functions.pop(address))
         root = f"/sys/bus/pci/devices/{address}"
-        for table in (self.files, self.links):
+        for table in (self.files, self.links, self.blobs):
             for path in [path for path in table if path == root or path.startswith(f"{root}/")]:
                 del table[path]
 
