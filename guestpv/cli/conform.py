@@ -10,6 +10,7 @@ from .main import LazyGroup
 
 VERBS: Final = {
     "device": ("conform_device:device", "Check a device against the standard."),
+    "driver": ("conform_driver:driver", "Check a driver against the standard."),
     "coverage": ("conform_coverage:coverage", "Show how much of the standard is checked."),
 }
 

@@ -173,6 +173,20 @@ MODELS: dict[str, Callable[[Params, int], Model]] = {
 }
 
 
+def make_model(body: str, params: dict[str, str]) -> Model:
+    """A device model alone, for other transports; ``params`` are those of the type, and ``queue_size``.
+
+    Raises:
+        UsageError: device type or parameter unknown, or a value makes no sense.
+    """
+    if body not in MODELS:
+        raise UsageError(f"no device type is called {body!r}", hint="there are " + " ".join(MODELS))
+    left = Params(params, body)
+    model = MODELS[body](left, left.number("queue_size", DEFAULT_QUEUE_SIZE))
+    left.done(f"see the description of open_function in {__name__}")
+    return model
+
+
 def open_function(body: str, params: dict[str, str]) -> SoftwareFunction:
     """A software function for ``loopback:BODY?key=value&...``.
 

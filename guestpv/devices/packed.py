@@ -24,6 +24,9 @@ class PackedRing(Ring):
         features: negotiated features.
         memory: where bus addresses lead.
         areas: memory of the descriptor ring, driver and device event suppression.
+
+    Attributes:
+        used_flags: further flags for used descriptors, that a driver has to ignore (2.8.6).
     """
 
     requirement_order = "DRV-PACKED-10"
@@ -44,6 +47,7 @@ class PackedRing(Ring):
         self._device = device[:4].cast("H")
         self.available = 0
         self.used = 0
+        self.used_flags = 0
 
     def _wrap(self, position: int) -> int:
         return 1 - position // self.size % 2
@@ -54,6 +58,13 @@ class PackedRing(Ring):
     def _marks(self, flags: int, position: int) -> bool:
         """Whether flags say that the descriptor at this position is available in this round."""
         return flags & (AVAIL | USED) == (AVAIL if self._wrap(position) else USED)
+
+    def exposed(self) -> int:
+        """Position after the last descriptor that is available."""
+        position = self.available
+        while position - self.available < self.size and self._is_available(position):
+            position += 1
+        return position
 
     def pop(self) -> Chain | None:
         """The next available buffer, or None (2.8.1, 2.8.6, 2.8.7)."""
@@ -136,7 +147,7 @@ class PackedRing(Ring):
         first_flags: tuple[int, int] | None = None
         for chains, length in staged:
             slot = self.used % self.size
-            flags = AVAIL | USED if self._wrap(self.used) else 0
+            flags = self.used_flags | (AVAIL | USED if self._wrap(self.used) else 0)
             if length:
                 flags |= spec.DESC_F_WRITE
             self._words[4 * slot + 2] = length
@@ -187,6 +198,8 @@ class PackedRing(Ring):
             self._device[1] = spec.EVENT_FLAGS_ENABLE
         self._wrote()
         fence()  # event suppression before descriptor flags: pairs with the driver's barrier of 2.8.21.3.1
+        if self.strict:
+            self.told = self.exposed()
         return self._is_available(self.available)
 
     def check_notification(self, next_off: int, next_wrap: int, exact: bool) -> None:

@@ -198,6 +198,8 @@ class DeviceQueue:
         """A kick came; ``data`` is next_off and next_wrap with NOTIFICATION_DATA, else None."""
         self.kicks += 1
         self.owner.journal.record(Event("kick", "queue_notify", value=data or 0, queue=self.index))
+        if self.ring is not None and self.ring.strict:
+            self.ring.told = self.ring.exposed()
         if data is None or self.ring is None or not self.owner.running:
             return
         try:

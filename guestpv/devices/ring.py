@@ -127,6 +127,7 @@ class Ring:
         areas: memory of the descriptor, driver and device area.
         strict: keep in ``shown`` what the device last left in its own area.
         shown: the bytes of ``own``, while ``strict``.
+        told: what ``exposed`` was when the driver last notified, or the device last looked by itself.
     """
 
     requirement_order = ""
@@ -137,6 +138,7 @@ class Ring:
         self.areas = areas
         self.strict = False
         self.shown = b""
+        self.told = 0
         self.event_idx = bool(features >> ft.F_EVENT_IDX & 1)
         self.indirect = bool(features >> ft.F_INDIRECT_DESC & 1)
         self.in_order = bool(features >> ft.F_IN_ORDER & 1)
@@ -214,6 +216,10 @@ class Ring:
         Raises:
             DriverFault: they do not agree.
         """
+        raise NotImplementedError
+
+    def exposed(self) -> int:
+        """How far the driver made buffers available: chains of a split, descriptors of a packed ring."""
         raise NotImplementedError
 
     @property

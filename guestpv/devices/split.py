@@ -58,6 +58,10 @@ class SplitRing(Ring):
             )
         return count
 
+    def exposed(self) -> int:
+        """Position of the available idx."""
+        return self.popped + ((self._avail[INDEX] - self.popped) & 0xFFFF)
+
     def pop(self) -> Chain | None:
         """The next available chain, or None (2.7.6, 2.7.13)."""
         if self.popped >= self.available:
@@ -180,6 +184,7 @@ class SplitRing(Ring):
             self._used[FLAGS] = 0
         self._wrote()
         fence()  # suppression word before idx: pairs with the driver's barrier of 2.7.13.4.1
+        self.told = self.exposed()
         return self._pending() > 0
 
     def check_notification(self, next_off: int, next_wrap: int, exact: bool) -> None:

@@ -29,9 +29,14 @@ DEVICE_LAYOUT = Layout("device configuration", "4.1.4.6", (Field("byte", 0, 1),)
 class PciTransport(Transport):
     """The modern virtio-pci transport.
 
+    Attributes:
+        queue_class: what queues are made of.
+
     Raises:
         Refused: the function is not a virtio device, or has no usable modern structures.
     """
+
+    queue_class: type[Virtqueue] = Virtqueue
 
     def __init__(self, function: PciFunction) -> None:
         self.function = function
@@ -130,7 +135,7 @@ class PciTransport(Transport):
         common = self.common
         common.write("queue_select", index)
         kick = self.doorbell(index, features)
-        queue = Virtqueue(
+        queue = self.queue_class(
             index,
             size,
             features,

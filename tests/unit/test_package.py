@@ -17,7 +17,7 @@ from typing import Any
 import guestpv
 
 ROOT = Path(__file__).parents[2]
-IDENTIFIER = re.compile(r"\b(?:DRV|DEV)-[A-Z0-9]+(?:-[A-Z0-9]+)*-[0-9]+\b")
+IDENTIFIER = re.compile(r"\b(?:DRV|DEV)-[A-Z0-9]+(?:-[A-Z0-9]+)*-[0-9]{2,}\b")
 SOURCES = {".py", ".c", ".h", ".md"}
 
 

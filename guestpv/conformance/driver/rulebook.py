@@ -11,6 +11,10 @@ REASONS: Final = {
     "DRV-FEAT-10": "every feature that the standard has can be carried over PCI",
     "DRV-FEAT-25": "the strict device has no virtual functions",
     "DRV-FEAT-28": "the sum of the rows about each of these features",
+    "DRV-SPLIT-55": "a used_event further on is a wish for fewer notifications, which a driver may have",
+    "DRV-PACKED-30": "what lies behind the next used position cannot be told from what the device left there",
+    "DRV-PACKED-31": "a list without NEXT is two lists, which is another driver's right",
+    "DRV-PACKED-32": "ids of the other descriptors of a list are reserved, and may be anything",
     "DRV-CONF-07": "the strict device has no legacy interface",
 }
 """Requirement -> why no rule looks at it."""

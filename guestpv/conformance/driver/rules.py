@@ -153,7 +153,7 @@ class Result:
 
     Attributes:
         requirement: its id.
-        verdict: PASS, FAIL, NOT_EXERCISED or NOT_OBSERVABLE.
+        verdict: PASS, FAIL, NOT_EXERCISED, NOT_OBSERVABLE, or SKIP where there is no rule.
         count: how often it could have been broken.
         findings: what broke it.
         reason: why it is not observable.
@@ -199,6 +199,7 @@ class Watch:
         self.works: tuple[str, ...] = ()
         self.refuses: tuple[str, ...] = ()
         self.live = 0
+        self._first = len(self.journal.findings)
         self._rules: dict[str, list[Rule]] = {}
         for entry in RULES:
             if entry.needs in self.sees:
@@ -272,10 +273,15 @@ class Watch:
             self.journal.record(Event("end", "run"))
             stop()
 
+    @property
+    def findings(self) -> list[Finding]:
+        """What was held against the driver since the watch began."""
+        return self.journal.findings[self._first :]
+
     def results(self, requirements: Iterable[str]) -> list[Result]:
         """What the run says about each of these requirements."""
         broken: dict[str, list[Finding]] = {}
-        for finding in self.journal.findings:
+        for finding in self.findings:
             broken.setdefault(finding.requirement, []).append(finding)
         return [self._result(name, tuple(broken.get(name, ()))) for name in requirements]
 
@@ -287,7 +293,7 @@ class Watch:
             return Result(requirement, Verdict.PASS, count)
         entries = [entry for entry in RULES if requirement in entry.requirements]
         if not entries:
-            return Result(requirement, Verdict.NOT_OBSERVABLE, reason="no rule looks at it yet")
+            return Result(requirement, Verdict.SKIP, reason="no rule looks at it")
         if any(entry.needs in self.sees for entry in entries):
             return Result(requirement, Verdict.NOT_EXERCISED)
         return Result(requirement, Verdict.NOT_OBSERVABLE, reason=BLIND[entries[0].needs])

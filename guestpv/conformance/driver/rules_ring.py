@@ -111,7 +111,7 @@ def the_device_area_is_the_devices(watch: Watch, event: Event, subject: Any) -> 
     ring = watch.queue(event).ring
     if ring is None:
         return None
-    if event.kind == "enable":
+    if not ring.strict:
         ring.strict, ring.shown = True, ring.own
         return None
     requirement = by_format(watch, "SPLIT-39", "PACKED-42")
@@ -169,32 +169,38 @@ def notifications_that_are_due(watch: Watch, event: Event, subject: Any) -> Answ
     """Buffers that the device asked to be told of are told of."""
     if event.kind == "kick":
         ring = watch.queue(event).ring
-        due = DUE.get((asks(watch, ring), packed(watch)), ()) if ring and waits(ring) else ()
-        return dict.fromkeys(due, True) | _ignored(watch, ring, True)
+        return _due(watch, ring, True) if ring is not None else None
     for queue in watch.device.queues:
-        ring = queue.ring
-        if ring is None or not watch.device.running or not waits(ring) or not queue.ask_for_kicks:
+        if queue.ring is None or not watch.device.running:
             continue
-        if due := DUE.get((asks(watch, ring), packed(watch)), ()):
-            text = f"queue {queue.index}: buffers wait, a notification was due and did not come"
-            return dict.fromkeys(due, text) | _ignored(watch, ring, text)
+        text = f"queue {queue.index}: buffers wait, a notification was due and did not come"
+        if due := _due(watch, queue.ring, text):
+            return due
     return None
 
 
-def waits(ring: Any) -> bool:
-    """Whether buffers are available that the device has not taken."""
-    if isinstance(ring, SplitRing):
-        return int.from_bytes(ring.areas[1][2:4], "little") != ring.popped & 0xFFFF
-    return bool(ring._is_available(ring.available))
-
-
-def _ignored(watch: Watch, ring: Any, answer: Answer) -> dict[str, Answer]:
-    """What the driver has to ignore when it decides, where the device put something there."""
-    if not isinstance(ring, SplitRing) or not waits(ring):
+def _due(watch: Watch, ring: Any, answer: Answer) -> Answers:
+    """The requirements of a notification that is due now, with an answer for each."""
+    how, now = asks(watch, ring), ring.exposed()
+    if now <= ring.told or (how == "event" and not crossed(watch, ring, now)):
         return {}
-    if not ring.event_idx:
-        return {"DRV-SPLIT-23": answer} if any(ring.own[-2:]) and not any(ring.own[:2]) else {}
-    return {"DRV-SPLIT-26": answer} if ring.own[0] & 1 else {}
+    due: dict[str, Answer] = dict.fromkeys(DUE.get((how, packed(watch)), ()), answer)
+    if due and isinstance(ring, SplitRing):
+        if not ring.event_idx and any(ring.own[-2:]):
+            due["DRV-SPLIT-23"] = answer
+        elif ring.event_idx and ring.own[0] & 1:
+            due["DRV-SPLIT-26"] = answer
+    return due
+
+
+def crossed(watch: Watch, ring: Any, now: int) -> bool:
+    """Whether the position that the device named was made available since it was told last."""
+    if packed(watch):
+        word = int.from_bytes(ring.own[:2], "little")
+        place = ring.told + ((word & 0x7FFF) - ring.told) % ring.size
+        return bool(place < now and ring._wrap(place) == word >> 15)
+    event = int.from_bytes(ring.own[-2:], "little")
+    return bool((event - ring.told) & 0xFFFF < now - ring.told)
 
 
 presented("DRV-SPLIT-23", "DRV-SPLIT-26", needs="ring")
