@@ -22,6 +22,7 @@ from types import FrameType, TracebackType
 from typing import Any, Final, Self
 
 from ..errors import GuestpvError, TimeLimit, UsageError
+from ..wire import unix
 
 LINE_LIMIT: Final = 1 << 20
 """Bytes of the longest line either side accepts."""
@@ -67,7 +68,7 @@ class ControlServer:
         """Listen on ``name.sock``; a socket that nobody listens on any more is replaced.
 
         Raises:
-            UsageError: something of this name is up.
+            UsageError: something of this name is up, or the runtime directory's name is too long.
         """
         path = self._directory / f"{name}.sock"
         if path.exists() and (taken := ask_or_remove(path)) is not None:
@@ -77,6 +78,12 @@ class ControlServer:
                 hint=f"guestpv {self._verb} status",
             )
         hidden = path.with_name(f".{name}.{os.getpid()}")
+        if (length := max(len(os.fsencode(one)) for one in (path, hidden))) > unix.PATH_MAX:
+            raise UsageError(
+                f"a socket's path has at most {unix.PATH_MAX} bytes, this one would have {length}",
+                where=str(path),
+                hint="set RUNTIME_DIRECTORY to a directory with a shorter name",
+            )
         hidden.unlink(missing_ok=True)
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:

@@ -125,6 +125,18 @@ def test_a_name_that_is_taken_is_refused(server: ControlServer, runtime: Path) -
     assert len(list(runtime.iterdir())) == 1
 
 
+def test_a_path_that_no_socket_can_have_is_refused(tmp_path: Path) -> None:
+    long = tmp_path / ("x" * 100)
+    long.mkdir()
+    with (
+        ControlServer(str(long), dict, lambda: None) as server,
+        pytest.raises(UsageError, match="a socket's path has at most 107 bytes") as caught,
+    ):
+        server.listen("pv0")
+    assert "RUNTIME_DIRECTORY" in caught.value.hint
+    assert list(long.iterdir()) == []
+
+
 @pytest.mark.parametrize(
     ("request_line", "error"),
     [
