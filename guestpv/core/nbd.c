@@ -1,5 +1,6 @@
+/* The client's half of the NBD export: requests in, answers out, and waiting for either side. */
 #define _GNU_SOURCE
-#include "nbd.h"
+#include "nbd_inside.h"
 
 #include <errno.h>
 #include <poll.h>
@@ -15,68 +16,10 @@ enum {
     REPLY_MAGIC = 0x67446698,
     REQUEST_BYTES = 28,
     REPLY_BYTES = 16,
-    CMD_READ = 0,
-    CMD_WRITE = 1,
-    CMD_DISC = 2,
-    CMD_FLUSH = 3,
-    CMD_TRIM = 4,
-    CMD_WRITE_ZEROES = 6,
-    FLAG_FUA = 1,
-    FLAG_NO_HOLE = 2,
-    T_IN = 0,
-    T_OUT = 1,
-    T_FLUSH = 4,
-    T_DISCARD = 11,
-    T_WRITE_ZEROES = 13,
-    S_UNSUPP = 2,
-    SECTOR = 512,
-    RANGE_BYTES = 16,
-    MOST_RANGES = SECTOR / RANGE_BYTES,
-    UNMAP = 1,
-    BATCH = 64,
     MOST_PIECES = GPV_NBD_SLOTS + 1,
-    INPUT = 16384,
     LOOK_NS = 20000,
     LEAST_SPIN_NS = 10000,
 };
-#define NONE UINT32_MAX
-
-/* What one request of the client has come to. */
-struct op {
-    uint8_t handle[8];
-    uint64_t offset;        /* of ranges: where the next virtio request begins */
-    uint32_t length;
-    uint32_t rest;          /* bytes of ranges that no virtio request covers yet */
-    uint16_t command, flags;
-    uint32_t error;         /* NBD error for the answer */
-    uint32_t outstanding;   /* virtio requests */
-    uint32_t first_slot, last_slot;
-    uint32_t next;          /* in the list of the finished, or of the free */
-    int flushing;
-    int busy;
-};
-
-struct gpv_nbd {
-    struct gpv_nbd_config c;
-    struct gpv_nbd_counters n;
-    struct op *ops;         /* as many as slots: each has one at least */
-    uint32_t free_op, free_slot, free_slots;
-    uint32_t *slot_next, *slot_op;
-    uint32_t finished, finished_last;
-    uint32_t busy;          /* ops with the device */
-    uint32_t added;         /* since the last publish */
-    int blocked;            /* the next request has to wait for slots */
-    int ending;
-    int64_t spin_ns;        /* how long the next look before sleeping lasts */
-    uint32_t have, used;    /* of `input`: filled, and consumed from its start */
-    uint8_t input[INPUT];
-};
-
-static void count(uint64_t *counter, uint64_t by)
-{
-    /* One writer; the store is atomic so that a reader in another thread never sees half of it. */
-    __atomic_store_n(counter, *counter + by, __ATOMIC_RELAXED);
-}
 
 static uint64_t get_be(const uint8_t *from, int bytes)
 {
@@ -90,12 +33,6 @@ static void put_be32(uint8_t *to, uint32_t value)
 {
     for (int i = 0; i < 4; i++)
         to[i] = (uint8_t)(value >> (24 - 8 * i));
-}
-
-static void put_le(uint8_t *to, uint64_t value, int bytes)
-{
-    for (int i = 0; i < bytes; i++)
-        to[i] = (uint8_t)(value >> 8 * i);
 }
 
 struct gpv_nbd *gpv_nbd_new(const struct gpv_nbd_config *config)
@@ -140,136 +77,6 @@ void gpv_nbd_resize(struct gpv_nbd *e, uint64_t capacity)
     __atomic_store_n(&e->c.capacity, capacity, __ATOMIC_RELAXED);
 }
 
-static uint8_t *data_of(const struct gpv_nbd *e, uint32_t slot)
-{
-    return e->c.data + (size_t)slot * e->c.data_size;
-}
-
-static uint32_t slots_for(const struct gpv_nbd *e, uint32_t length)
-{
-    return length ? (length - 1) / e->c.data_size + 1 : 1;
-}
-
-static void take_slots(struct gpv_nbd *e, uint32_t op, uint32_t number)
-{
-    struct op *o = &e->ops[op];
-    o->first_slot = NONE;
-    while (number--) {
-        uint32_t slot = e->free_slot;
-        e->free_slot = e->slot_next[slot];
-        e->free_slots--;
-        e->slot_op[slot] = op;
-        e->slot_next[slot] = NONE;
-        if (o->first_slot == NONE)
-            o->first_slot = slot;
-        else
-            e->slot_next[o->last_slot] = slot;
-        o->last_slot = slot;
-    }
-}
-
-static void finish(struct gpv_nbd *e, struct op *o)
-{
-    uint32_t op = (uint32_t)(o - e->ops);
-    o->next = NONE;
-    if (e->finished == NONE)
-        e->finished = op;
-    else
-        e->ops[e->finished_last].next = op;
-    e->finished_last = op;
-    if (o->error)
-        count(&e->n.errors, 1);
-    if (o->busy)
-        e->busy--;
-    o->busy = 0;
-}
-
-static int32_t add(struct gpv_nbd *e, struct op *o, uint32_t slot, uint32_t type, uint64_t sector, uint32_t bytes)
-{
-    uint8_t *memory = e->c.slots + (size_t)slot * e->c.stride;
-    put_le(memory, type, 4);
-    put_le(memory + 4, 0, 4);
-    put_le(memory + 8, sector, 8);
-    memory[GPV_BLK_STATUS] = GPV_BLK_UNKNOWN;
-    struct gpv_segment segments[3] = { { e->c.header_bus[slot], 16 } };
-    uint32_t number = 1;
-    if (bytes)
-        segments[number++] = (struct gpv_segment){ e->c.data_bus[slot], bytes };
-    segments[number++] = (struct gpv_segment){ e->c.status_bus[slot], 1 };
-    uint32_t writable = type == T_IN ? 2 : 1;
-    uint64_t expected = type == T_IN ? bytes + 1 : 1;
-    int32_t id = gpv_add(e->c.queue, segments, number - writable, writable, expected << 32 | slot);
-    if (id < 0)
-        return id;
-    o->outstanding++;
-    e->added++;
-    count(&e->n.requests, 1);
-    return 0;
-}
-
-/* The next virtio request of a discard or write zeroes: as many ranges as the device takes. */
-static int32_t add_ranges(struct gpv_nbd *e, struct op *o)
-{
-    int discard = o->command == CMD_TRIM;
-    uint32_t most = discard ? e->c.discard_ranges : e->c.zeroes_ranges;
-    uint64_t longest = (uint64_t)(discard ? e->c.discard_sectors : e->c.zeroes_sectors) * SECTOR;
-    uint32_t flags = !discard && !(o->flags & FLAG_NO_HOLE) ? UNMAP : 0;
-    uint8_t *range = data_of(e, o->first_slot);
-    uint32_t number = 0;
-    for (; o->rest && number < most && number < MOST_RANGES; number++, range += RANGE_BYTES) {
-        uint32_t bytes = o->rest < longest ? o->rest : (uint32_t)longest;
-        put_le(range, o->offset / SECTOR, 8);
-        put_le(range + 8, bytes / SECTOR, 4);
-        put_le(range + 12, flags, 4);
-        o->offset += bytes;
-        o->rest -= bytes;
-    }
-    return add(e, o, o->first_slot, discard ? T_DISCARD : T_WRITE_ZEROES, 0, number * RANGE_BYTES);
-}
-
-/* Every virtio request of the op is back: go on with it, or put it among the finished. */
-static int32_t proceed(struct gpv_nbd *e, struct op *o)
-{
-    if (!o->error && o->rest)
-        return add_ranges(e, o);
-    if (!o->error && o->flags & FLAG_FUA && e->c.volatile_cache && !o->flushing && o->command != CMD_READ
-        && o->command != CMD_FLUSH) {
-        o->flushing = 1;
-        return add(e, o, o->first_slot, T_FLUSH, 0, 0);
-    }
-    finish(e, o);
-    return 0;
-}
-
-/* Returns how many virtio requests came back, or a negative code. */
-static int32_t reap(struct gpv_nbd *e)
-{
-    uint32_t lengths[BATCH];
-    uint64_t cookies[BATCH];
-    int32_t total = 0, got;
-    do {
-        got = gpv_reap(e->c.queue, NULL, lengths, cookies, BATCH);
-        if (got < 0)
-            return got;
-        for (int32_t i = 0; i < got; i++) {
-            uint32_t slot = (uint32_t)cookies[i];
-            struct op *o = &e->ops[e->slot_op[slot]];
-            uint8_t status = e->c.slots[(size_t)slot * e->c.stride + GPV_BLK_STATUS];
-            if (status == 0 && lengths[i] < (uint32_t)(cookies[i] >> 32))
-                status = GPV_BLK_SHORT;
-            if (status && !o->error)
-                o->error = status == S_UNSUPP ? EOPNOTSUPP : EIO;
-            if (--o->outstanding == 0) {
-                int32_t result = proceed(e, o);
-                if (result < 0)
-                    return result;
-            }
-        }
-        total += got;
-    } while (got == BATCH);
-    return total;
-}
-
 static int32_t send_all(struct gpv_nbd *e, struct iovec *pieces, size_t number)
 {
     struct msghdr message = { .msg_iov = pieces, .msg_iovlen = number };
@@ -291,19 +98,6 @@ static int32_t send_all(struct gpv_nbd *e, struct iovec *pieces, size_t number)
         }
     }
     return 0;
-}
-
-static void release(struct gpv_nbd *e, struct op *o)
-{
-    if (o->first_slot != NONE) {
-        for (uint32_t slot = o->first_slot; slot != NONE; slot = e->slot_next[slot])
-            e->free_slots++;
-        e->slot_next[o->last_slot] = e->free_slot;
-        e->free_slot = o->first_slot;
-    }
-    o->next = e->free_op;
-    e->free_op = (uint32_t)(o - e->ops);
-    e->blocked = 0;
 }
 
 /* Answers everything that is finished, many answers in one system call. */
@@ -338,7 +132,7 @@ static int32_t answer(struct gpv_nbd *e)
         }
         int32_t result = send_all(e, pieces, piece);
         for (uint32_t i = 0; i < number; i++)
-            release(e, &e->ops[ops[i]]);
+            gpv_nbd_release(e, &e->ops[ops[i]]);
         if (result < 0)
             return result;
         answered += (int32_t)number;
@@ -409,7 +203,7 @@ static int32_t transfer(struct gpv_nbd *e, struct op *o)
         if (o->command == CMD_WRITE)
             result = receive_all(e, data_of(e, slot), bytes);
         if (result == 0)
-            result = add(e, o, slot, o->command == CMD_WRITE ? T_OUT : T_IN, offset / SECTOR, bytes);
+            result = gpv_nbd_add(e, o, slot, o->command == CMD_WRITE ? T_OUT : T_IN, offset / SECTOR, bytes);
         if (result < 0)
             return result;
         offset += bytes;
@@ -450,10 +244,10 @@ static int32_t begin(struct gpv_nbd *e)
     *o = asked;
     if (o->error) {
         int32_t result = o->command == CMD_WRITE ? skip(e, o->length) : 0;
-        finish(e, o);
+        gpv_nbd_finish(e, o);
         return result < 0 ? result : 1;
     }
-    take_slots(e, op, slots);
+    gpv_nbd_take_slots(e, op, slots);
     o->busy = 1;
     e->busy++;
     int32_t result = 0;
@@ -470,14 +264,14 @@ static int32_t begin(struct gpv_nbd *e)
     case CMD_FLUSH:
         count(&e->n.flushes, 1);
         if (e->c.volatile_cache)
-            result = add(e, o, o->first_slot, T_FLUSH, 0, 0);
+            result = gpv_nbd_add(e, o, o->first_slot, T_FLUSH, 0, 0);
         else
-            finish(e, o);
+            gpv_nbd_finish(e, o);
         break;
     default:
         count(o->command == CMD_TRIM ? &e->n.discards : &e->n.zeroes, 1);
         o->rest = o->length;
-        result = add_ranges(e, o);
+        result = gpv_nbd_add_ranges(e, o);
     }
     return result < 0 ? result : 1;
 }
@@ -583,7 +377,7 @@ static int32_t wait_for_work(struct gpv_nbd *e)
 static int32_t serve(struct gpv_nbd *e)
 {
     for (;;) {
-        int32_t back = reap(e);
+        int32_t back = gpv_nbd_reap(e);
         if (back < 0)
             return back;
         int32_t begun = receive(e);
@@ -619,7 +413,7 @@ int32_t gpv_nbd_run(struct gpv_nbd *e)
         for (uint32_t i = 0; i < e->c.slot_count; i++) {
             if (e->ops[i].busy) {
                 e->ops[i].error = EIO;
-                finish(e, &e->ops[i]);
+                gpv_nbd_finish(e, &e->ops[i]);
             }
         }
         answer(e);
