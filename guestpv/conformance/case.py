@@ -32,11 +32,18 @@ class Case:
     def __init__(self, name: str) -> None:
         self.name = name
         self.log: deque[str] = deque(maxlen=LOG_LENGTH)
+        self._last = ""
+        self._times = 0
         self.refusal = ""
         self.sent_text = ""
 
     def note(self, text: str) -> None:
-        """Put a line into the evidence."""
+        """Put a line into the evidence; one that repeats itself is counted."""
+        if self.log and text == self._last:
+            self._times += 1
+            self.log[-1] = f"{text}   ({self._times} times)"
+            return
+        self._last, self._times = text, 1
         self.log.append(text)
 
     def sent(self, text: str) -> None:

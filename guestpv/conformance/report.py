@@ -139,7 +139,8 @@ class Report:
         from rich.table import Table
         from rich.text import Text
 
-        parts: list[RenderableType] = []
+        about = [self.date, *(f"{name} {value}" for name, value in self.versions.items())]
+        parts: list[RenderableType] = [Text("; ".join(about), style="dim")] if verbose else []
         if verbose:
             for outcome in self.outcomes:
                 style = STYLE[outcome.verdict]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from collections.abc import Callable
@@ -79,6 +80,7 @@ class Rig:
         synchronous: whether the device has done everything when a register access or a kick returns.
         limit: seconds that it may take for what it has to do.
         work: requests of its device type.
+        undo: what ``finish`` undoes, the last first.
     """
 
     def __init__(self, spec: str, transport: Transport, case: Case, *, synchronous: bool) -> None:
@@ -88,6 +90,7 @@ class Rig:
         self.synchronous = synchronous
         self.limit = 1.0 if synchronous else LIMIT
         self._rings: list[Virtqueue] = []
+        self.undo = contextlib.ExitStack()
         self.work: Work = WORK[transport.device_type](self)
 
     # What only a PCI function has.
@@ -178,8 +181,9 @@ class Rig:
         self.transport.reset(self.limit)
 
     def finish(self) -> None:
-        """Reset the device and give back the rings that were made here."""
+        """Reset the device, undo what was done to it from outside, and give back the rings made here."""
         self.transport.reset(self.limit)
+        self.undo.close()
         while self._rings:
             self._rings.pop().close()
 

@@ -47,6 +47,7 @@ def _software(function: SoftwareFunction, rig: Rig) -> Change:
         value = int(model.config.get("num_pages", 0)) ^ 0x100
     else:
         rig.case.not_observable("the device type has no configuration that changes")
+    rig.undo.callback(model.change_config, **{field.name: model.config.get(field.name, 0)})
     model.change_config(**{field.name: value})
     return field, value
 
@@ -65,6 +66,8 @@ def _qemu(function: QtestFunction, rig: Rig) -> Change:
         field = net.CONFIG["status"]
         up = not rig.transport.read_config(field.offset, field.width) & net.S_LINK_UP
         (card, *_) = qmp("query-rx-filter")
+        # A link that stays down would be there for the cases that follow.
+        rig.undo.callback(qmp, "set_link", name=card["name"], up=True)
         qmp("set_link", name=card["name"], up=up)
         return field, net.S_LINK_UP if up else 0
     if kind != ft.BLK:
