@@ -119,6 +119,8 @@ def test_fio_verifies_what_it_wrote(lab: Lab) -> None:
     result = vm.run(
         "fio --name=verify --filename=/dev/nbd0 --direct=1 --ioengine=libaio --rw=randrw --bs=4k "
         f"--numjobs=4 --iodepth=32 --size={FIO_MIB // 4}m --offset_increment={FIO_MIB // 4}m --verify=crc32c "
+        # A job for each processor, and so for each of the kernel's queues.
+        "--cpus_allowed=0-3 --cpus_allowed_policy=split "
         "--verify_fatal=1 --group_reporting --output-format=json",
         timeout=1800,
     ).check()

@@ -22,7 +22,7 @@ BLOCK = 4096
 MODERN = "disable-legacy=on,iommu_platform=on,ats=on,num-queues=1"
 REGIONS = {AHCI: ("ahci",), IDE: ("ide", "piix-bmdma", "bmdma")}
 """How the names of QEMU's memory regions begin that a driver accesses; for the others ``virtio-pci-``."""
-LIMIT = 120.0
+LIMIT = 600.0
 
 SCRIPT = """
 import json, sys, time
@@ -83,7 +83,7 @@ class Disks:
         self._library.wait_for("ready\n", LIMIT)
 
     def _appears(self, pattern: str) -> str:
-        loop = f"for i in $(seq 600); do ls {pattern} 2>/dev/null && exit 0; sleep 0.1; done; exit 1"
+        loop = f"for i in $(seq 3000); do ls {pattern} 2>/dev/null && exit 0; sleep 0.1; done; exit 1"
         return self._vm.run(loop, timeout=LIMIT).check().stdout.split()[-1]
 
     def run(self, driver: str, depth: int, *, count: int = 0, seconds: float = 0) -> Outcome:
@@ -131,7 +131,7 @@ class Disks:
         self._vm.run("guestpv blk down", timeout=LIMIT).check()
 
 
-def machine_with_disks(kernel: str, image: Path, trace: Path | None = None, limit: float = 600) -> Machine:
+def machine_with_disks(kernel: str, image: Path, trace: Path | None = None, limit: float = 1800) -> Machine:
     """A machine for ``Disks``, not yet booted.
 
     Args:
@@ -156,7 +156,7 @@ def machine_with_disks(kernel: str, image: Path, trace: Path | None = None, limi
         ],
         trace=(trace, TRACE_EVENTS) if trace else None,
         limit=limit,
-        boot_limit=120,
+        boot_limit=300,
     )
 
 
