@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from guestpv.drivers.blk import Blk
 from guestpv.drivers.blk_errors import ZoneError
 from guestpv.drivers.blk_zoned import Zone, Zones
 from guestpv.errors import DeviceViolation, Refused, UsageError
+from guestpv.serve.vfio_user import VfioUserServer, make_function
 from guestpv.spec import blk as spec
 from guestpv.transport.pci import PciTransport
 
@@ -184,3 +186,16 @@ def test_a_specification_names_a_zoned_disk() -> None:
 def test_what_a_specification_cannot_say(query: str, message: str) -> None:
     with pytest.raises(UsageError, match=message):
         guestpv.open(f"loopback:blk?{query}")
+
+
+def test_a_served_disk_has_zones(tmp_path: Path) -> None:
+    function = make_function("blk?size=1M&zoned=64K")
+    with (
+        VfioUserServer(function, str(tmp_path / "s")) as server,
+        guestpv.open(f"vfio-user:{server.path}") as transport,
+        Blk(transport) as disk,
+    ):
+        zones = Zones(disk)
+        assert zones.append(ZONE, b"s" * 4096) == ZONE
+        assert zones.report(ZONE, 1)[0].pointer == ZONE + 4096
+    assert [str(finding) for finding in function.findings] == []
