@@ -17,6 +17,8 @@ from ..virtqueue.raw import Element, RawPacked, RawSplit
 if TYPE_CHECKING:
     from .rig import Rig
 
+BLINK: Final = 0.1
+"""Seconds between two looks at the status of a device that should be working."""
 PATIENCE: Final = 2.0
 """Seconds after which a device that is silent on something malformed counts as silent."""
 
@@ -164,9 +166,20 @@ class Queue:
             AssertionError: they were not in time.
         """
         found: list[tuple[int, int]] = []
+        rig = self._rig
+        looked = rig.clock()
 
         def enough() -> bool:
+            nonlocal looked
             found.extend(self.used())
+            if len(found) < count and rig.clock() > looked + BLINK:
+                looked = rig.clock()
+                if rig.transport.status & Status.NEEDS_RESET:
+                    found.extend(self.used())
+                    assert len(found) >= count, (
+                        f"{len(found)} of {count} buffers were used in queue {self.index} when the device set"
+                        " DEVICE_NEEDS_RESET"
+                    )
             return len(found) >= count
 
         self._rig.wait(enough, f"{count} used buffer(s) in queue {self.index}", limit)

@@ -106,8 +106,8 @@ class BlkWork(Work):
         return self.command(blk.T_OUT, sector, data)
 
     def request(self) -> Request:
-        """A read of the first sector."""
-        return self.read()
+        """A read of a sector whose number is not 0, so that the header has more than zeros."""
+        return self.read(1)
 
 
 class NetWork(Work):
