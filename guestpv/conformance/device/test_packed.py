@@ -176,7 +176,8 @@ def test_readable_buffers_stay_as_they_are(queue: Queue, rig: Rig) -> None:
 def test_stale_descriptors_are_not_taken(queue: Queue, rig: Rig, case: Case) -> None:
     """Descriptors that are zero, or as the last pass left them, are not available."""
     case.sent("notifications at descriptors that are not available")
-    rounds = 2 * queue.size // len(queue.elements(*_parts(rig))) + 3
+    sample = rig.work.request()
+    rounds = 2 * queue.size // len(queue.elements(sample.readable, sample.writable)) + 3
     for number in range(rounds):
         if number % max(1, rounds // 8) == 0:
             queue.kick()
@@ -184,11 +185,6 @@ def test_stale_descriptors_are_not_taken(queue: Queue, rig: Rig, case: Case) -> 
             assert queue.used() == [], "a descriptor was used that is not available"
         request = rig.work.request()
         judge(request, queue.run(request.readable, request.writable))
-
-
-def _parts(rig: Rig) -> tuple[object, object]:
-    request = rig.work.request()
-    return request.readable, request.writable
 
 
 @pytest.mark.formats
