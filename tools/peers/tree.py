@@ -32,15 +32,20 @@ LIBRARIES = ("usr/lib/x86_64-linux-gnu", "usr/lib", "usr/lib/x86_64-linux-gnu/bl
 
 @dataclass(frozen=True)
 class Recipe:
-    """What a tree is made of: Debian suite and the packages named; what they depend on comes along."""
+    """What a tree is made of: Debian suite and the packages named; what they depend on comes along.
+
+    Another architecture's programs run in qemu-user, which is given the tree as its root (``-L``).
+    """
 
     suite: str
     packages: tuple[str, ...]
+    architecture: str = ""
 
     @property
     def key(self) -> str:
         """Name of the result in the cache."""
-        return cache.key_of((FORMAT, self.suite, *self.packages))
+        foreign = (self.architecture,) if self.architecture else ()
+        return cache.key_of((FORMAT, self.suite, *self.packages, *foreign))
 
 
 RECIPES = {
@@ -58,8 +63,10 @@ RECIPES = {
         ),
     ),
     "qemu": Recipe("trixie-backports", ("qemu-system-x86", "qemu-utils")),
+    "aarch64": Recipe("trixie", ("python3", "libstdc++6", "libudev1"), "arm64"),
 }
-"""Name -> recipe: the peers that tests and benchmarks run against, and the newest QEMU."""
+"""Name -> recipe: the peers that tests and benchmarks run against, the newest QEMU, and a Python to try the
+aarch64 wheel with."""
 
 
 @dataclass(frozen=True)
@@ -119,6 +126,11 @@ def _build(recipe: Recipe, work: Path) -> None:
         "-oAcquire::Retries=3",
         "-oAPT::Install-Recommends=0",
         f"-oAPT::Default-Release={recipe.suite}",
+        *(
+            f"-oAPT::{name}={recipe.architecture}"
+            for name in ("Architecture", "Architectures")
+            if recipe.architecture
+        ),
         # apt's own user cannot enter directories below a home.
         f"-oAPT::Sandbox::User={'root' if os.geteuid() == 0 else ''}",
     ]
@@ -128,6 +140,11 @@ def _build(recipe: Recipe, work: Path) -> None:
     for package in sorted((apt / "cache" / "archives").glob("*.deb")):
         _run(["dpkg-deb", "-x", str(package), str(root)])
     shutil.rmtree(apt)
+    if recipe.architecture:
+        # Programs look for their loader in /lib, which on a machine is a link that no package has.
+        if not (root / "lib").exists():
+            (root / "lib").symlink_to("usr/lib")
+        return
     for pattern in UNUSED:
         for path in list(root.glob(pattern)):
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
