@@ -5,8 +5,13 @@
 
 int32_t gpv_again(struct gpv_queue *q, uint32_t id, uint64_t cookie)
 {
+    return gpv_again_moved(q, id, cookie, 0, 0);
+}
+
+int32_t gpv_again_moved(struct gpv_queue *q, uint32_t id, uint64_t cookie, uint32_t element, uint64_t address)
+{
     struct gpv_slot *slot;
-    uint32_t taken = 1, entry;
+    uint32_t taken = 1, entry, at;
 
     if (!q)
         return GPV_ECLOSED;
@@ -18,8 +23,16 @@ int32_t gpv_again(struct gpv_queue *q, uint32_t id, uint64_t cookie)
     if (q->packed || q->in_order || !q->returned || id != q->free_head)
         return GPV_ECHAIN;
     slot = &q->slots[id];
-    for (entry = id; entry != slot->last; entry = q->next[entry])
-        taken++;
+    for (entry = at = id; entry != slot->last; entry = q->next[entry]) {
+        if (taken++ <= element)
+            at = q->next[entry];
+    }
+    if (element && taken > element)
+        GPV_STORE(q, &q->u.split.desc[at].addr, address);
+    else if (element && taken == 1 && id < q->table_count && element < q->table_entries)
+        GPV_STORE(q, &q->u.split.tables[(size_t)id * q->table_entries + element].addr, address);
+    else if (element)
+        return GPV_ECHAIN;
     slot->cookie = cookie;
     slot->turn = q->turn_added;
     slot->count = (uint16_t)taken;

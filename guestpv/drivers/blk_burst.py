@@ -13,7 +13,7 @@ from ..errors import DeviceViolation, GuestpvError, TimeLimit, UsageError
 from ..memory import DmaBuffer
 from ..spec import blk as spec
 from .blk_errors import OutcomeUnknown, describe, error_of
-from .blk_queue import SLOT, STATUS, RequestQueue
+from .blk_queue import HEADER, RequestQueue
 
 SPIN_US: Final = 50
 
@@ -87,8 +87,8 @@ def run_burst(
 
     Args:
         sectors: uint64, shape (n,).
-        data: its row ``i % rows`` of ``nbytes`` is the data of request ``i``; fewer rows than requests do
-            where content does not matter.
+        data: its row ``i`` of ``nbytes`` is the data of request ``i``. With fewer rows than requests, writes
+            begin again with the first one, and which request's data a row has after reads is left open.
         depth: requests in flight at most.
         timeout: seconds without any completion.
 
@@ -110,8 +110,12 @@ def run_burst(
     if count and not rows:
         raise UsageError(f"a buffer of {data.nbytes} bytes has no row of {nbytes}", where=queue.name)
     row_bus = _addresses(data, nbytes, min(rows, count))
-    data_bus = row_bus if rows >= count else np.ascontiguousarray(np.resize(row_bus, count))
-    headers = _addresses(requests.memory, SLOT, depth)
+    per_slot = kind == spec.T_IN and depth <= rows < count
+    data_bus = row_bus if rows >= count or per_slot else np.ascontiguousarray(np.resize(row_bus, count))
+    headers, done = requests.burst_memory(depth)
+    headers.array[:] = 0
+    headers.array.view("<u4")[::4] = kind
+    done.array[:] = lib.GPV_BLK_UNKNOWN
     result = BurstResult(
         kind,
         sectors,
@@ -120,19 +124,22 @@ def run_burst(
         np.zeros(count if latencies else 0, np.uint64),
         queue.name,
     )
-    statuses, free = headers + np.uint64(STATUS), np.arange(depth, dtype=np.uint32)
+    free, ids = np.arange(depth, dtype=np.uint32), np.full(depth, lib.GPV_BLK_NO_ID, np.int32)
     burst: Any = ffi.new("struct gpv_blk_burst *")
     burst.queue, burst.fd = queue.handle, -1 if queue.interrupt_fd is None else queue.interrupt_fd
     burst.kind, burst.nbytes, burst.writable = kind, nbytes, kind == spec.T_IN
-    burst.depth, burst.count, burst.stride = depth, count, SLOT
-    burst.slots = ffi.cast("uint8_t *", requests.memory.pointer)
+    burst.depth, burst.count, burst.data_per_slot = depth, count, per_slot
+    burst.headers = ffi.cast("uint8_t *", headers.pointer)
+    burst.done = ffi.cast("uint8_t *", done.pointer)
+    header_bus, done_bus = _addresses(headers, HEADER.size, depth), _addresses(done, 1, depth)
     for name, array in (
-        ("header_bus", headers),
-        ("status_bus", statuses),
+        ("header_bus", header_bus),
+        ("done_bus", done_bus),
         ("sectors", sectors),
         ("data_bus", data_bus),
     ):
         setattr(burst, name, ffi.from_buffer("uint64_t *", array))
+    burst.slot_ids = ffi.from_buffer("int32_t *", ids)
     burst.statuses = ffi.from_buffer("uint8_t *", result.statuses)
     burst.latencies = ffi.from_buffer("uint64_t *", result.latencies) if latencies else ffi.NULL
     burst.timeout_ns = -1 if timeout is None else int(timeout * 1e9)

@@ -135,6 +135,15 @@ class RequestQueue:
         """Make the calling thread the owner."""
         self.queue.own()
 
+    def burst_memory(self, depth: int) -> tuple[DmaBuffer, DmaBuffer]:
+        """The same memory for ``depth`` requests of a burst on an idle queue: headers, and status bytes.
+
+        Status bytes lie apart from what the driver writes: each has one writer, and so has its cache line.
+        """
+        count = self.queue.size
+        start = HEADER.size * count
+        return self.memory[: HEADER.size * depth], self.memory[start : start + depth]
+
     def small(self, slot: int, size: int) -> DmaBuffer:
         """Room for up to 40 bytes of data beside a request's header."""
         return self._parts[slot][SMALL : SMALL + size]

@@ -55,6 +55,26 @@ def test_the_device_finds_the_same_buffers_and_no_descriptor_was_written(feature
     assert b.queue.free_slots == SIZE
 
 
+@pytest.mark.parametrize("features", [mask(), mask("INDIRECT_DESC")])
+def test_one_element_moves_and_the_others_stay(features: int) -> None:
+    b = bench(features, SIZE)
+    readable, writable = parts(b)
+    b.queue.add(readable, writable)
+    (slot,) = use_all(b)
+    for _ in range(3):
+        elsewhere = b.pool.allocate(64)
+        assert lib.gpv_again_moved(b.queue.handle, slot, 0, 1, elsewhere.address) == slot
+        b.queue.publish()
+        chain = b.peer.pop()
+        assert chain is not None
+        assert chain.readable == ((readable[0].address, 16),)
+        assert chain.writable == ((elsewhere.address, 64), (writable[1].address, 1))
+        b.peer.push(chain, 1)
+        assert [int(slot) for slot in b.queue.reap_burst()[0]] == [slot]
+    assert lib.gpv_again_moved(b.queue.handle, slot, 0, SIZE, elsewhere.address) == lib.GPV_ECHAIN
+    assert b.queue.free_slots == SIZE
+
+
 def test_only_the_last_one_back_and_nothing_in_between() -> None:
     b = bench(mask(), SIZE)
     for _ in range(3):
