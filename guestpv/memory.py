@@ -168,6 +168,8 @@ class DmaPool:
     def _cut(self, number: int, size: int, align: int, *, seams: bool) -> DmaBuffer | None:
         """A buffer from one region; with ``seams`` it may lie across two of the region's segments."""
         region = self._regions[number]
+        if not seams and size > max(segment.length for segment in region.segments):
+            return None
         free = self._free[number]
         for position, (start, length) in enumerate(free):
             for begin in self._places(region, start, start + length):

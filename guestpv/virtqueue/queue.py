@@ -112,6 +112,13 @@ class Virtqueue:
         memory = self._pool.allocate(self.layout.total)
         self._buffers = [memory]
         areas = (self.layout.desc, self.layout.driver, self.layout.device)
+        if any(len(memory[area.offset : area.end].segments) > 1 for area in areas):
+            self._pool.free(self._buffers.pop())
+            raise UsageError(
+                f"a ring of {size} entries does not fit into one piece of this bus's memory",
+                where=self.name,
+                hint="take a smaller queue size: each of the ring's areas has to be contiguous (2.7, 2.8)",
+            )
         self.addresses = RingAddresses(*(memory[area.offset : area.end].address for area in areas))
         self.rings: SplitRings | PackedRings = ring_views(memory.array, self.layout)
         config = self._ffi.new("struct gpv_queue_config *")
@@ -124,8 +131,7 @@ class Virtqueue:
         self._keep = self._kick.fill(config.kick, self.index, self._ffi, self._lib)
         if self.features >> f.F_INDIRECT_DESC & 1:
             config.table_entries = min(size, self._indirect_entries)
-            config.table_count = min(size, MAX_TABLES)
-            tables = self._pool.allocate(config.table_count * config.table_entries * DESC_BYTES)
+            config.table_count, tables = self._tables(min(size, MAX_TABLES), config.table_entries)
             self._buffers.append(tables)
             config.tables = self._ffi.cast("void *", tables.pointer)
             config.tables_bus = tables.address
@@ -140,6 +146,15 @@ class Virtqueue:
         self._one = self._ffi.new("uint32_t[2]")
         self._one_length = self._one + 1
         self._one_cookie = self._ffi.new("uint64_t *")
+
+    def _tables(self, count: int, entries: int) -> tuple[int, DmaBuffer]:
+        """Memory for ``count`` indirect tables, or for as many as are contiguous on the bus."""
+        tables = self._pool.allocate(count * entries * DESC_BYTES)
+        if len(tables.segments) > 1:
+            count = max(1, tables.segments[1].length // (entries * DESC_BYTES))
+            self._pool.free(tables)
+            tables = self._pool.allocate(count * entries * DESC_BYTES)
+        return count, tables
 
     def __repr__(self) -> str:
         kind = "packed" if self.packed else "split"

@@ -6,7 +6,7 @@ import pytest
 
 from guestpv.devices.loopback import open_function
 from guestpv.drivers.rng import Rng
-from guestpv.errors import DeviceViolation, TimeLimit
+from guestpv.errors import DeviceViolation, TimeLimit, UsageError
 from guestpv.transport.pci import PciTransport
 
 
@@ -38,3 +38,27 @@ def test_an_empty_answer_is_the_devices_fault(monkeypatch: pytest.MonkeyPatch) -
         monkeypatch.setattr(rng.queue, "completions", lambda: iter([(0, 0)]))
         with pytest.raises(DeviceViolation, match="came back empty"):
             rng.read(4)
+
+
+@pytest.mark.parametrize("packed", ["off", "on"])
+def test_a_bus_of_small_pieces_has_room_for_some_indirect_tables(packed: str) -> None:
+    """Buffers without a table go straight into the ring; a ring that fits into no piece is refused."""
+    function = open_function("rng", {"segment": "4096", "packed": packed, "queue_size": "512"})
+    with PciTransport(function) as transport:
+        transport.negotiate(supported=0)
+        with pytest.raises(UsageError, match="a ring of 512 entries does not fit into one piece"):
+            transport.make_queue(0, 512)
+        queue = transport.make_queue(0, 128)
+        transport.driver_ok()
+        memory = transport.pool.allocate(40 * 48)
+        tokens = [
+            queue.add(writable=[memory[48 * n + 16 * part : 48 * n + 16 * part + 16] for part in range(3)])
+            for n in range(40)
+        ]
+        queue.publish()
+        used: dict[int, int] = {}
+        while len(used) < len(tokens):
+            assert queue.wait(60)
+            used.update(queue.completions())
+        assert used == dict.fromkeys(tokens, 48)
+    assert [str(finding) for finding in function.findings] == []
