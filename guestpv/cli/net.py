@@ -11,6 +11,8 @@ from .main import LazyGroup
 VERBS: Final = {
     "up": ("net_up:up", "Drive a network device as a link of this machine."),
     "status": ("net_status:status", "Show the links that are up, with counters."),
+    "top": ("net_top:top", "Watch what the queues of a link do."),
+    "capture": ("net_capture:capture", "Write the frames of a link into a file for Wireshark."),
     "down": ("net_down:down", "End a link and give its function back."),
 }
 

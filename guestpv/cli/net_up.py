@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -13,6 +14,7 @@ from .completion import complete_address
 from .report import Report, reporting
 
 if TYPE_CHECKING:
+    from ..drivers.net_control import Rss
     from .session import Session
 
 EXAMPLE = """\b
@@ -21,11 +23,12 @@ Examples:
   guestpv net up 0000:01:00.0 --detach    in the background
   guestpv net up --address 192.0.2.5/24 --gateway 192.0.2.1
   guestpv net up --features -ring_packed,-event_idx
+  guestpv net up 0000:01:00.0 0000:02:00.0 --queues 4
 """
 
 
 @click.command(epilog=EXAMPLE)
-@click.argument("spec", required=False, shell_complete=complete_address)
+@click.argument("specs", nargs=-1, metavar="[SPEC]...", shell_complete=complete_address)
 @click.option(
     "--features",
     default="",
@@ -39,6 +42,10 @@ Examples:
 @click.option("--name", metavar="IFNAME", help="Name of the link.  [default: pv0, pv1, ...]")
 @click.option("--poll", is_flag=True, help="Spin instead of waiting for interrupts: faster, costs a CPU.")
 @click.option("--queues", type=click.IntRange(1, 8), default=1, show_default=True, help="Pairs of queues.")
+@click.option(
+    "--rss-key", metavar="HEX", help="Steer by receive-side scaling (RSS) with this Toeplitz key, 40 bytes."
+)
+@click.option("--rss-table", metavar="LIST", help="With --rss-key: receive queues by hash value: 0,1,0,2.")
 @click.option("--detach", is_flag=True, help="Return once it is up; `guestpv net down` ends it.")
 @click.option(
     "--force", is_flag=True, help="Also when the machine uses it, as its default route for example."
@@ -46,7 +53,7 @@ Examples:
 @reporting
 def up(
     report: Report,
-    spec: str | None,
+    specs: tuple[str, ...],
     features: str,
     address: str | None,
     gateway: str | None,
@@ -55,16 +62,19 @@ def up(
     name: str | None,
     poll: bool,
     queues: int,
+    rss_key: str | None,
+    rss_table: str | None,
     detach: bool,
     force: bool,
 ) -> None:
-    """Drive the network device SPEC as a link of this machine.
+    """Drive the network device SPEC, or several of them, each as a link of this machine.
 
     Takes the function from the kernel's driver if it has to, negotiates, makes a network link with the
     device's MAC address and MTU, gets an address by DHCP, and carries packets until Ctrl-C, SIGTERM or
     `guestpv net down`. Then, or when anything goes wrong, the kernel gets the function back.
 
-    Without SPEC it takes the network function, if there is exactly one that can be driven.
+    Without SPEC it takes the network function, if there is exactly one that can be driven. Of several all
+    come up or none; each has a process of its own.
     """
     from ..services.addressing import static
     from ..services.control import detach as run_detached
@@ -75,24 +85,51 @@ def up(
         raise UsageError("--address and --no-address exclude each other", hint="guestpv net up --help")
     if (gateway or dns) and not address:
         raise UsageError("--gateway and --dns go with --address", hint="guestpv net up --help")
-    wishes = Wishes(
-        spec=spec,
-        features=features,
+    if rss_table and not rss_key:
+        raise UsageError("--rss-table goes with --rss-key", hint="guestpv net up --help")
+    if len(specs) > 1 and (address or (name and "%d" not in name)):
+        wrong = "--address" if address else "--name"
+        raise UsageError(f"several functions cannot have the same {wrong}", hint="--name lan%d numbers them")
+    wanted = Wishes(
+        spec=specs[0] if specs else None,
+        features=",".join(filter(None, (features, "+rss" if rss_key else ""))),
         settings=static(address, gateway, dns) if address else None,
         addressed=not no_address,
         ifname=name,
         poll=poll,
         queue_pairs=queues,
+        rss=steering(rss_key, rss_table, queues) if rss_key else None,
         force=force,
     )
+    if len(specs) > 1:
+        from .net_several import up_together
+
+        up_together([replace(wanted, spec=spec) for spec in specs], report, detach)
+        return
     if detach:
 
         def is_up(data: dict[str, Any]) -> None:
             report.done(data, lambda: show(data, f"Up in the background, process {data['pid']}."))
 
-        run_detached(lambda ready: in_background(NET, lambda tell: Session(wishes, tell), ready), is_up)
+        run_detached(lambda ready: in_background(NET, lambda tell: Session(wanted, tell), ready), is_up)
     else:
-        in_foreground(Session, wishes, report)
+        in_foreground(Session, wanted, report)
+
+
+def steering(key: str, table: str | None, queues: int) -> Rss:
+    """RSS by a key in hexadecimal and a list of queues, evenly over all of them where none is given.
+
+    Raises:
+        UsageError: one of them is not well formed.
+    """
+    from ..drivers.net_control import Rss
+
+    try:
+        toeplitz = bytes.fromhex(key.replace(":", ""))
+        numbers = [int(word) for word in table.split(",")] if table else None
+    except ValueError as error:
+        raise UsageError(f"{error}", hint="--rss-key 6d5a:56da:255b:... --rss-table 0,1,0,1") from None
+    return Rss(toeplitz, numbers) if numbers else Rss.even(toeplitz, queues)
 
 
 def in_foreground(session_type: type[Session], wishes: Any, report: Report) -> None:

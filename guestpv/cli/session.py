@@ -7,8 +7,10 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, Final
 
+from ..drivers.net_control import Rss
 from ..errors import GuestpvError
 from ..services.addressing import Addressing, KernelLink
+from ..services.capture import SUFFIX, CaptureServer
 from ..services.control import ControlServer
 from ..services.dhcp import Settings
 from ..services.net import NetService
@@ -42,6 +44,7 @@ class Wishes:
         ifname: name of the link; None lets the kernel number it.
         poll: spin instead of waiting for interrupts.
         queue_pairs: how many.
+        rss: how received packets are steered, with RSS.
         force: also when the machine uses the function.
     """
 
@@ -52,6 +55,7 @@ class Wishes:
     ifname: str | None = None
     poll: bool = False
     queue_pairs: int = 1
+    rss: Rss | None = None
     force: bool = False
 
 
@@ -70,7 +74,11 @@ class Session(Driven):
     def _bring_up(self, undo: ExitStack, stop: Stop, control: ControlServer) -> None:
         wishes = self._wishes
         service = NetService(
-            self._open(undo, stop), ifname=wishes.ifname, poll=wishes.poll, queue_pairs=wishes.queue_pairs
+            self._open(undo, stop),
+            ifname=wishes.ifname,
+            poll=wishes.poll,
+            queue_pairs=wishes.queue_pairs,
+            rss=wishes.rss,
         )
         undo.callback(self._close_service, service)
         self._described = {
@@ -81,7 +89,8 @@ class Session(Driven):
             "queue_pairs": wishes.queue_pairs,
         }
         self._service = service
-        control.listen(service.ifname)
+        path = control.listen(service.ifname)
+        undo.callback(CaptureServer(path.with_suffix(SUFFIX), self._capture).close)
         self._say(f"{service.ifname} is up: MAC {service.mac}, MTU {service.mtu}")
         if not service.link_up:
             self._say("link down")
@@ -109,6 +118,11 @@ class Session(Driven):
         assert self._service is not None
         events = self._service.watch(seconds, wake_fd)
         return events + (self._addressing.poll() if self._addressing is not None else [])
+
+    def _capture(self, fd: int) -> None:
+        assert self._service is not None
+        with self._lock:
+            self._service.capture(fd)
 
     def _close_service(self, service: NetService) -> None:
         with self._lock:

@@ -4,17 +4,23 @@
 #include <errno.h>
 #include <poll.h>
 #include <stdlib.h>
+#include <string.h>
+#include <sys/socket.h>
 #include <sys/uio.h>
+#include <time.h>
 #include <unistd.h>
 
 enum {
     STUCK_MS = 200,          /* how long sent frames may stay with the device before it is reminded */
     STUCK_ROUNDS = 1 << 17,  /* the same when spinning */
+    NO_NEWS = -2,
 };
 
 struct gpv_pump {
     struct gpv_pump_config c;
     struct gpv_pump_counters n;
+    int32_t capture_next; /* what capture_fd is to become: left by another thread, NO_NEWS once taken */
+    int32_t capture_fd;   /* the pump's thread's own, -1: nobody captures */
 };
 
 static void count(uint64_t *counter, uint64_t by)
@@ -26,14 +32,62 @@ static void count(uint64_t *counter, uint64_t by)
 struct gpv_pump *gpv_pump_new(const struct gpv_pump_config *config)
 {
     struct gpv_pump *p = calloc(1, sizeof *p);
-    if (p)
+    if (p) {
         p->c = *config;
+        p->capture_next = NO_NEWS;
+        p->capture_fd = -1;
+    }
     return p;
+}
+
+static void end_capture(struct gpv_pump *p)
+{
+    if (p->capture_fd >= 0)
+        close(p->capture_fd);
+    p->capture_fd = -1;
 }
 
 void gpv_pump_free(struct gpv_pump *p)
 {
-    free(p);
+    if (p) {
+        gpv_pump_capture(p, NO_NEWS);
+        end_capture(p);
+        free(p);
+    }
+}
+
+void gpv_pump_capture(struct gpv_pump *p, int32_t fd)
+{
+    /* Only the thread that writes to a descriptor closes it, or its number could be somebody else's by then. */
+    int32_t untaken = __atomic_exchange_n(&p->capture_next, fd, __ATOMIC_ACQ_REL);
+    if (untaken >= 0)
+        close(untaken);
+}
+
+/* Shows a frame with its header to whoever captures, and waits for nobody: what finds no room is lost, and counted. */
+static void show(struct gpv_pump *p, uint32_t way, const struct iovec *frame, uint32_t fragments, uint32_t bytes)
+{
+    if (__atomic_load_n(&p->capture_next, __ATOMIC_RELAXED) != NO_NEWS) {
+        end_capture(p);
+        p->capture_fd = __atomic_exchange_n(&p->capture_next, NO_NEWS, __ATOMIC_ACQ_REL);
+    }
+    if (p->capture_fd < 0)
+        return;
+    struct timespec now;
+    clock_gettime(CLOCK_REALTIME, &now);
+    struct gpv_captured said = {
+        .nanoseconds = (uint64_t)now.tv_sec * 1000000000 + (uint64_t)now.tv_nsec,
+        .way = way, .header = p->c.header, .bytes = bytes, .pair = p->c.rx_number / 2,
+    };
+    struct iovec parts[1 + GPV_PORT_FRAGMENTS] = { { &said, sizeof said } };
+    memcpy(parts + 1, frame, fragments * sizeof *frame);
+    struct msghdr message = { .msg_iov = parts, .msg_iovlen = 1 + fragments };
+    if (sendmsg(p->capture_fd, &message, MSG_DONTWAIT | MSG_NOSIGNAL) >= 0)
+        return;
+    if (errno == EAGAIN || errno == ENOBUFS || errno == EMSGSIZE || errno == EINTR)
+        count(&p->n.capture_lost, 1);
+    else
+        end_capture(p);
 }
 
 const struct gpv_pump_counters *gpv_pump_counters(const struct gpv_pump *p)
@@ -47,6 +101,7 @@ static enum gpv_fate into_tap(void *user, struct iovec *frame, uint32_t fragment
     struct gpv_pump *p = user;
     uint8_t *header = frame[0].iov_base;
     ssize_t written;
+    show(p, GPV_CAPTURED_RX, frame, fragments, bytes);
     if (gpv_leave_checksum_open(header, header + p->c.header, (uint32_t)frame[0].iov_len - p->c.header) < 0)
         return GPV_MALFORMED;
     do
@@ -79,6 +134,10 @@ static int32_t transmit(struct gpv_pump *p)
         status = gpv_port_give(p->c.port, (uint32_t)length);
         if (status < 0)
             return status;
+        if (status) {
+            struct iovec whole = { memory, (size_t)length };
+            show(p, GPV_CAPTURED_TX, &whole, 1, (uint32_t)length);
+        }
         sent += status;
     }
     if (sent) {

@@ -1,6 +1,7 @@
 /* Written by the pump's thread only, readable at any time. */
 struct gpv_pump_counters {
     uint64_t rx_interrupts, tx_interrupts, tx_reminders, wakeups;
+    uint64_t capture_lost; /* frames that whoever captures did not take in time */
 };
 
 struct gpv_pump_config {
@@ -9,6 +10,7 @@ struct gpv_pump_config {
     int32_t tap_fd;
     int32_t stop_fd;
     int32_t rx_fd, tx_fd; /* eventfds of the queues' interrupts, -1: spin */
+    uint32_t rx_number;   /* of the receive queue */
     uint32_t header;      /* bytes of the virtio header, the TAP's too */
 };
 
@@ -24,3 +26,16 @@ void gpv_pump_free(struct gpv_pump *pump);
  * A failed system call: GPV_PUMP_ERRNO - errno. Owns both queues from then on. */
 int32_t gpv_pump_run(struct gpv_pump *pump);
 const struct gpv_pump_counters *gpv_pump_counters(const struct gpv_pump *pump);
+
+enum gpv_captured_way { GPV_CAPTURED_RX = 1, GPV_CAPTURED_TX = 2 };
+/* What comes before each captured frame; the virtio header and the frame follow it. */
+struct gpv_captured {
+    uint64_t nanoseconds; /* since the epoch */
+    uint32_t way;
+    uint32_t header;      /* bytes of the virtio header */
+    uint32_t bytes;       /* of header and frame */
+    uint32_t pair;
+};
+/* Has the pump send a copy of every frame, as a message of its own, to this socket, which is the pump's from then on; -1:
+ * no more. Callable from any thread. */
+void gpv_pump_capture(struct gpv_pump *pump, int32_t fd);

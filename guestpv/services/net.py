@@ -10,6 +10,7 @@ from typing import Any
 
 from ..core._core import ffi, lib
 from ..drivers.net import FILTERS, RECEIVE_OFFLOADS, SEND_OFFLOADS, Net
+from ..drivers.net_control import Rss
 from ..drivers.net_port import NetPort
 from ..errors import DeviceViolation, GuestpvError
 from ..spec.status import Status
@@ -37,7 +38,7 @@ class Pump:
         config.tap_fd, config.stop_fd = tap_fd, self._stop
         config.rx_fd = -1 if spin else port.rx.fileno()
         config.tx_fd = -1 if spin else port.tx.fileno()
-        config.header = port.header.itemsize
+        config.header, config.rx_number = port.header.itemsize, port.rx.index
         self._pump = lib.gpv_pump_new(config)
         if self._pump == ffi.NULL:
             SYSTEM.close(self._stop)
@@ -82,6 +83,10 @@ class Pump:
             result[f"{way}_size"] = queue.size
         return result
 
+    def capture(self, fd: int) -> None:
+        """Send a copy of every frame to this socket, which the pump closes; -1: no more."""
+        lib.gpv_pump_capture(self._pump, fd)
+
     def stop(self) -> None:
         """End the thread. The queues are the caller's again."""
         if self._thread.is_alive():
@@ -105,13 +110,20 @@ class NetService:
         ifname: name of the link, a pattern with ``%d`` allowed.
         poll: spin instead of waiting for interrupts.
         queue_pairs: number of queue pairs, each with its own pump and TAP queue.
+        rss: how received packets are steered, where RSS is required of the transport.
 
     Raises:
         GuestpvError: negotiation or the TAP link failed; the device is reset and given back.
     """
 
     def __init__(
-        self, transport: Transport, *, ifname: str | None = None, poll: bool = False, queue_pairs: int = 1
+        self,
+        transport: Transport,
+        *,
+        ifname: str | None = None,
+        poll: bool = False,
+        queue_pairs: int = 1,
+        rss: Rss | None = None,
     ) -> None:
         self.transport = transport
         self.pumps: list[Pump] = []
@@ -127,6 +139,7 @@ class NetService:
                 queue_pairs=queue_pairs,
                 offloads=(RECEIVE_OFFLOADS & ~unsupported_offloads()) | SEND_OFFLOADS | FILTERS,
                 started=False,
+                rss=rss,
             )
             self._tap = Tap(
                 ifname or DEFAULT_NAME,
@@ -246,6 +259,15 @@ class NetService:
             **{way: {n: sum(q[f"{way}_{n}"] for q in queues) for n in names} for way in ("rx", "tx")},
             "queues": queues,
         }
+
+    def capture(self, fd: int) -> None:
+        """Send a copy of every frame to this socket until its other end closes (``services.capture``).
+
+        Whoever captured before gets no more. The descriptor stays the caller's.
+        """
+        if not self._closed:
+            for pump in self.pumps:
+                pump.capture(os.dup(fd))
 
     def close(self) -> None:
         """Stop the pumps, remove the link, reset the device, free its memory. Idempotent."""

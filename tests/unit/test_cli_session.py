@@ -85,7 +85,7 @@ class World:
 class FakeService:
     world: World
 
-    def __init__(self, transport: Any, *, ifname: str | None, poll: bool, queue_pairs: int) -> None:
+    def __init__(self, transport: Any, *, ifname: str | None, poll: bool, queue_pairs: int, rss: Any) -> None:
         self.world.step("service")
         self.transport, self.ifname = transport, ifname or "pv0"
         self.mac, self.mtu, self.features = "52:54:00:12:34:56", 1500, 1 << 32 | 1 << 33
