@@ -24,75 +24,16 @@ from guestpv.devices.models.blk import Blk as Model
 from guestpv.devices.models.blk_volatile import VolatileStore
 from guestpv.devices.ring import Chain
 from guestpv.drivers.blk import Blk
-from guestpv.drivers.blk_queue import Outcome, Request
+from guestpv.drivers.blk_queue import Outcome
 from guestpv.errors import DeviceGone
 from guestpv.spec import blk as spec
 from guestpv.transport.pci import PciTransport
-from worlds.ledger import Ledger
+from worlds.ledger import Ledger, Writer
 
 CUTS = int(os.environ.get("GUESTPV_CUTS", "100"))
 KILLS = max(2, CUTS // 50)
 """Cuts by killing the process that has the disk; each starts one."""
 SECTORS = 256
-
-
-class Writer:
-    """A driver that writes here and there, and keeps the ledger."""
-
-    def __init__(self, disk: Blk, ledger: Ledger) -> None:
-        self.disk, self.ledger, self.random = disk, ledger, ledger.random
-        self.buffer = disk.allocate(SECTORS * 512)
-        self.flushes, self.sent = 0, list[Request]()
-        self.steps = [self.write] * 5 + [self.many, self.flush, self.fua, self.write_through]
-
-    def write(self) -> None:
-        sector, count = self.ledger.place()
-        self.disk.write(512 * sector, self.ledger.stamped(sector, count))
-        self.ledger.acknowledged(sector, count)
-
-    def fua(self) -> None:
-        sector, count = self.ledger.place()
-        self.disk.write(512 * sector, self.ledger.stamped(sector, count), fua=True)
-        self.ledger.acknowledged(sector, count)
-        # The flush of a FUA write covers what was done before it, too.
-        self.ledger.flushed()
-
-    def many(self) -> None:
-        """A burst with up to 32 in flight, to different sectors."""
-        sectors = self.random.permutation(SECTORS)[: int(self.random.integers(1, 64))]
-        for row, sector in enumerate(map(int, sectors)):
-            self.buffer.array[512 * row : 512 * row + 512] = self.ledger.stamped(sector, 1)
-            self.ledger.acknowledged(sector, 1)
-        self.disk.write_many(sectors * 512, self.buffer, 512, depth=32).check()
-
-    def flush(self) -> None:
-        self.disk.flush()
-        self.ledger.flushed()
-        self.flushes += 1
-
-    def write_through(self) -> None:
-        """The cache is switched off, which flushes it, and every write lasts."""
-        self.disk.set_writeback(False)
-        self.ledger.flushed()
-        self.write()
-        self.ledger.flushed()
-        self.disk.set_writeback(True)
-
-    def live(self) -> None:
-        for _ in range(int(self.random.integers(1, 12))):
-            self.steps[int(self.random.integers(0, len(self.steps)))]()
-
-    def live_on(self) -> None:
-        """Until the disk is gone: anything, and then all sectors at once, with all requests in flight."""
-        while True:
-            self.steps[int(self.random.integers(0, len(self.steps)))]()
-            self.buffer.array[:] = self.ledger.stamped(0, SECTORS)
-            self.sent = []
-            for place in range(0, SECTORS * 512, 4096):
-                self.sent += self.disk.submit(spec.T_OUT, place, [self.buffer[place : place + 4096]])
-            self.disk.queues[0].publish()
-            self.disk.queues[0].wait(self.sent, 60)
-            self.ledger.acknowledged(0, SECTORS)
 
 
 class Rig(Writer):
