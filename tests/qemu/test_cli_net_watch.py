@@ -124,20 +124,18 @@ def test_options_that_do_not_go_together(runtime: Path) -> None:
 
 def test_a_link_steered_by_rss(runtime: Path) -> None:
     """Of two queues the table names the second alone: whatever has a hash comes there."""
-    device = (
-        "'qtest:virtio-net-pci,disable-legacy=on,mq=on,rss=on,vectors=6,mac=52:54:00:aa:bb:01?netdev="
-        + ("tap,ifname=tap0,script=no,downscript=no,vhost=off,queues=2'")
-    )
-    talk = "for i in $(seq 50); do echo $i > /dev/udp/192.0.2.1/9; done"
+    mac = "52:54:00:aa:bb:01"
+    tap = "tap,ifname=tap0,script=no,downscript=no,vhost=off,queues=2"
+    device = f"'qtest:virtio-net-pci,disable-legacy=on,mq=on,rss=on,vectors=6,mac={mac}?netdev={tap}'"
+    enough = 'exit(json.load(open("s"))["data"][0]["queues"][1]["rx_packets"] < 50)'
     done = isolated(
         runtime,
         "ip tuntap add dev tap0 mode tap multi_queue vnet_hdr; ip link set tap0 up;"
         f"{GPV} net up {device} --queues 2 --rss-key {'6d5a56da' * 10} --rss-table 1 --no-address --detach"
         " --json && ip address add 192.0.2.2/24 dev tap0 && "
-        f"ip neighbour add 192.0.2.1 lladdr 52:54:00:aa:bb:01 dev tap0 && {talk};"
-        f"for i in $(seq 600); do {GPV} net status --json > s; "
-        'python3 -c \'import json; d = json.load(open("s"))["data"][0];'
-        ' exit(sum(q["rx_packets"] for q in d["queues"]) < 50)\' && break; done; cat s;'
+        f"ip neighbour add 192.0.2.1 lladdr {mac} dev tap0;"
+        "for i in $(seq 100); do for j in $(seq 50); do echo $j > /dev/udp/192.0.2.1/9; done;"
+        f" {GPV} net status --json > s; python3 -c 'import json; {enough}' && break; done; cat s;"
         f"{GPV} net down --json",
     )
     assert done.returncode == 0, done.stderr
@@ -145,4 +143,5 @@ def test_a_link_steered_by_rss(runtime: Path) -> None:
     assert "RSS" in up["data"]["features"]
     first, second = status["data"][0]["queues"]  # type: ignore[index]
     assert second["rx_packets"] >= 50
-    assert first["rx_packets"] < 50
+    # Without a hash come only the kernel's own multicasts, which are few.
+    assert first["rx_packets"] < second["rx_packets"] / 2
