@@ -16,7 +16,8 @@ WIDTH = 80
 
 def contexts() -> Iterator[click.Context]:
     """A context for guestpv and each of its verbs, in the order of ``--help``."""
-    yield from _below(click.Context(main, info_name="guestpv", terminal_width=WIDTH, max_content_width=WIDTH))
+    settings = {**main.context_settings, "terminal_width": WIDTH, "max_content_width": WIDTH}
+    yield from _below(click.Context(main, info_name="guestpv", **settings))
 
 
 def _below(context: click.Context) -> Iterator[click.Context]:
