@@ -241,7 +241,10 @@ class VirtioRegisters:
             return
         if queue.enabled and name not in ("queue_reset", "queue_enable"):
             device.find("DRV-PCI-25", f"{name} written while the queue is enabled", queue.where)
-            return
+            if name != "queue_msix_vector":
+                return
+            # A driver that maps vectors late works with every device in use: refused, it would not start, and
+            # nothing more could be seen of it.
         match name:
             case "queue_size":
                 self._write_size(queue, value)

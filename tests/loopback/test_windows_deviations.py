@@ -25,6 +25,7 @@ def vector_after_enable(function: SoftwareFunction) -> None:
     driver.negotiate(BASE)
     driver.queue(0)
     driver.write("queue_msix_vector", 1)
+    assert driver.read("queue_msix_vector") == 1, "refused, a driver that does this would not start"
 
 
 def config_vector_not_read_back(function: SoftwareFunction) -> None:
@@ -79,6 +80,7 @@ def test_the_table_says_which_of_them_are_told() -> None:
 
 
 @pytest.mark.parametrize("name", IMITATIONS)
+@pytest.mark.provokes("each deviation is walked as the driver does it")
 def test_the_strict_device_tells_of_it(name: str) -> None:
     device, imitate, told = IMITATIONS[name]
     function = open_function(device, {})
