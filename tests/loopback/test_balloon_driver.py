@@ -168,6 +168,7 @@ def test_numbers_of_more_than_32_bits_are_refused() -> None:
         World({"translated": "on"}, system=Frames(lambda pointer, count: [1 << 32] * count))
 
 
+@pytest.mark.provokes("page numbers are made up")
 def test_huge_pages_are_told_from_single_ones() -> None:
     layouts = iter(
         [

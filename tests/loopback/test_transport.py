@@ -137,6 +137,7 @@ def test_memory_leaves_the_device_only_after_it_was_silenced(monkeypatch: pytest
     assert set(order[1:]) == {"unmap"}
 
 
+@pytest.mark.provokes("it sets the status itself")
 def test_a_device_stuck_in_reset_is_a_time_limit_on_the_command_line(monkeypatch: pytest.MonkeyPatch) -> None:
     stuck = open_function("rng", {})
     stuck.registers.reset_reads = 1 << 30
@@ -306,6 +307,7 @@ def test_closing_twice_is_no_mistake(make: Make) -> None:
     transport.close()
 
 
+@pytest.mark.provokes("the driver gives up")
 def test_a_generation_that_never_holds_still_is_the_devices_fault(make: Make) -> None:
     function, transport = make("net")
     transport.negotiate(1 << net.F_MAC)

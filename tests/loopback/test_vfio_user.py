@@ -242,6 +242,7 @@ def test_a_second_client_is_turned_away_while_there_is_one(serve: Serve) -> None
     assert "a second client was turned away" in said
 
 
+@pytest.mark.provokes("a bad status")
 def test_what_the_driver_breaks_is_told(serve: Serve) -> None:
     said: list[str] = []
     server = serve(findings=True, tell=said.append)
@@ -321,6 +322,7 @@ def test_only_limits_that_the_client_named_are_answered(serve: Serve) -> None:
     channel.close()
 
 
+@pytest.mark.provokes("raw commands")
 def test_commands_without_reply_are_carried_out_in_order(serve: Serve) -> None:
     channel = connected(serve(findings=True))
 
@@ -353,6 +355,7 @@ def test_information(raw: Session) -> None:
     assert refused(raw, wire.VERSION, Version(0, 1, {})) == EINVAL, "a second time"
 
 
+@pytest.mark.provokes("raw commands")
 def test_regions_are_read_whole_and_in_any_piece(raw: Session) -> None:
     def read(region: int, offset: int, count: int) -> bytes:
         return raw.call(wire.REGION_READ, RegionAccess(offset, region, count))[0].data

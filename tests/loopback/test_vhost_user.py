@@ -208,6 +208,7 @@ def test_a_queue_is_reset_alone(serve: Serve, connect: Open) -> None:
         writes.finish()
 
 
+@pytest.mark.provokes("a bad address")
 def test_a_ring_that_breaks_the_device(serve: Serve, connect: Open) -> None:
     server = serve(disk())
     transport = connect("blk", server.path)

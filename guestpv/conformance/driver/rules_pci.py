@@ -158,7 +158,7 @@ def vectors_are_table_entries(watch: Watch, event: Event, subject: Any) -> Answe
     return f"{event.value:#x} written to {event.name}"
 
 
-@rule("DRV-PCI-74", on="enable", needs="ring")
+@rule("DRV-PCI-74", on="enable")
 def rings_begin_as_zeroes(watch: Watch, event: Event, subject: Any) -> Answer:
     """The used ring, or the device's event suppression, is zero when a queue is enabled."""
     ring = watch.queue(event).ring
