@@ -23,7 +23,7 @@ from ..services.control import find as find_endpoints
 from ..spec import features as feat
 from ..system import SYSTEM
 from ..transport.base import FeatureFilter, Transport
-from ..vfio.binding import bind, unbind
+from ..vfio.binding import bind, forget, unbind
 from ..vfio.lock import runtime_directory
 from ..vfio.survey import DEVICES, Function, look_up, survey
 from .report import Report
@@ -31,7 +31,7 @@ from .signals import Stop
 
 TICK: Final = 1.0
 """Seconds between looks at what is up."""
-UNPLUG_TIME_LIMIT: Final = 3.0
+UNPLUG_TIME_LIMIT: Final = 20.0
 EVENTS_KEPT: Final = 50
 
 
@@ -217,6 +217,7 @@ class Driven(ABC):
         except (GuestpvError, OSError):
             if not self._unplugged():
                 raise
+            forget(self._function)
             self._say(f"{self._function} is unplugged: there is nothing to give back")
             return
         self._say(f"{self._function} given back to {self._driver_after() or 'no driver'}")
@@ -254,7 +255,9 @@ class Driven(ABC):
             )
         if "bus error" in events:
             raise DeviceGone(
-                "the function reported an unrecoverable bus error", where=self._function, hint="dmesg | tail"
+                "the function reported an unrecoverable bus error, or what emulates it has ended",
+                where=self._function,
+                hint="dmesg | tail",
             )
 
     def _say(self, event: str) -> None:

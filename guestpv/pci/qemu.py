@@ -18,6 +18,7 @@ import signal
 import socket
 import struct
 import subprocess
+import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -124,6 +125,8 @@ class Qemu:
         self._fate: GuestpvError | None = None
         self._qmp: Qmp | None = None
         self._closed = False
+        self._death_fd = -1
+        self._mourner: threading.Thread | None = None
         self.ram = GuestRam(memory)
         self._stderr = os.memfd_create("guestpv-qemu-stderr", os.MFD_CLOEXEC)
         self.qtest, qtest_theirs = socket.socketpair()
@@ -183,6 +186,18 @@ class Qemu:
             self._qmp = Qmp(self, self._monitor)
         return self._qmp
 
+    def death_fd(self) -> int:
+        """Eventfd that fires when the process ends; ``close`` closes it."""
+        if self._death_fd < 0:
+            self._death_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+            self._mourner = threading.Thread(target=self._mourn, name="guestpv-qemu-death", daemon=True)
+            self._mourner.start()
+        return self._death_fd
+
+    def _mourn(self) -> None:
+        self._ended(None)
+        os.eventfd_write(self._death_fd, 1)
+
     def check(self) -> None:
         """Raise what ended this QEMU, if anything did.
 
@@ -237,7 +252,9 @@ class Qemu:
                 self._fate = UsageError(
                     f"{self.name} refused its options: {said}",
                     where="qtest",
-                    hint=f"{shlex.quote(self.command[0])} -device DEVICE,help lists a device's properties",
+                    hint=f"{shlex.quote(self.command[0])} -device DEVICE,help lists a device's properties"
+                    if "-device" in said
+                    else "",
                 )
             else:
                 how = "closed its socket" if status is None else f"ended with status {status}"
@@ -270,11 +287,11 @@ class Qemu:
         with contextlib.suppress(ProcessLookupError):
             signal.pidfd_send_signal(self._pidfd, number)
 
-    def _ended(self, timeout: float) -> bool:
-        """Whether the process ends within ``timeout`` seconds; it is not reaped."""
+    def _ended(self, timeout: float | None) -> bool:
+        """Whether the process ends within ``timeout`` seconds, if there is a limit; it is not reaped."""
         poll = select.poll()
         poll.register(self._pidfd, select.POLLIN)
-        return bool(poll.poll(timeout * 1000))
+        return bool(poll.poll(None if timeout is None else timeout * 1000))
 
     def _status(self, timeout: float) -> int | None:
         """Exit status of the ended process (negative: signal), None while it runs; it is not reaped."""
@@ -303,6 +320,9 @@ class Qemu:
         self._send(signal.SIGKILL)
         self._guardian.communicate(b"\n")
         self._process.wait()
+        if self._mourner is not None:
+            self._mourner.join()
+            os.close(self._death_fd)
         os.close(self._pidfd)
         os.close(self._stderr)
         self.qtest.close()

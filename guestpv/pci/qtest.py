@@ -12,7 +12,7 @@ from ..errors import DeviceGone, UsageError
 from ..memory import DmaSpace
 from ..spec import pci as spec
 from .capabilities import walk
-from .qemu import DEFAULT_EXECUTABLE
+from .qemu import DEFAULT_EXECUTABLE, Qemu
 from .qtest_host import QtestBar, QtestHost
 from .qtest_joined import JoinedMachine, JoinedQemu
 from .qtest_machine import QtestMachine
@@ -178,8 +178,10 @@ class QtestFunction:
     def request_fd(self) -> None:
         """None: nobody else wants the function."""
 
-    def error_fd(self) -> None:
-        """None: the root port's error reporting is not set up."""
+    def error_fd(self) -> int | None:
+        """Eventfd that tells that QEMU has ended; None for one that was joined. It reports no PCI errors."""
+        qemu = self.machine.qemu
+        return qemu.death_fd() if isinstance(qemu, Qemu) else None
 
     def close(self) -> None:
         """End the machine if it was started for this function alone. Idempotent.

@@ -101,3 +101,15 @@ def test_a_device_of_another_type(runtime: Path) -> None:
     done = isolated(runtime, f"{GPV} net up 'qtest:virtio-rng-pci,disable-legacy=on' --json")
     assert done.returncode == 2
     assert "virtio rng device, no network device" in reports(done)[-1]["error"]["message"]
+
+
+def test_a_qemu_that_dies_ends_it(runtime: Path) -> None:
+    spec = SPEC.format(more="")
+    done = isolated(
+        runtime,
+        f"{GPV} net up {spec} --no-address > out & up=$!; until grep -q ^Up out; do sleep 0.05; done;"
+        "for child in $(cat /proc/$up/task/*/children); do"
+        " grep -q qemu-system /proc/$child/comm && kill -9 $child; done; wait $up",
+    )
+    assert done.returncode == 1
+    assert "what emulates it has ended" in done.stderr
