@@ -92,7 +92,7 @@ def test_names_are_understood_as_people_write_them(name: str, titles: list[str])
 
 @pytest.mark.parametrize(
     ("wrong", "meant"),
-    [("evnt_idx", "EVENT_IDX"), ("queue_enabel", "queue_enable"), ("DRV-INIT-99", "DRV-INIT")],
+    [("evnt_idx", "EVENT_IDX"), ("queue_enabel", "queue_enable"), ("drv-init-99", "DRV-INIT")],
 )
 def test_a_wrong_name_gets_the_nearest_ones(wrong: str, meant: str) -> None:
     done = run(wrong)
