@@ -411,7 +411,7 @@ def test_memory_that_the_device_may_still_be_told_about_stays() -> None:
     assert queue.outstanding == 3
     world.model.serve = serve  # type: ignore[method-assign]
     world.device.poll()
-    assert queue.wait(5)
+    assert queue.wait(60)
     while balloon.lent:
         balloon.follow_hints()
     assert balloon.free_pages == 0
