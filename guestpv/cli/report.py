@@ -69,7 +69,7 @@ class Report:
         click.echo(f"{click.style('error:', fg='red', bold=True)} {text}", err=True)
         for line in error.hint.splitlines():
             click.echo(f"  {click.style('->', fg='green')} {line}", err=True)
-        cause = error.__context__
+        cause = None if error.__suppress_context__ else error.__context__
         if isinstance(cause, GuestpvError) and cause is not error.__cause__:
             click.echo(f"  while coping with: {str(cause).splitlines()[0]}", err=True)
         if self.verbose > 1:

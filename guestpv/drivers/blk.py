@@ -475,13 +475,20 @@ class Blk:
             The requests that were given once more; ``queues[n].wait`` ends them.
 
         Raises:
-            UsageError: the transport cannot reconnect, or a queue belongs to another thread.
+            UsageError: the transport cannot reconnect, a queue belongs to another thread, or a burst was
+                under way: ``restart`` then.
             Refused, GuestpvError: as the transport has it: nobody listens, or what does is another device.
         """
         reconnect = getattr(self.transport, "reconnect", None)
         if reconnect is None:
             raise UsageError("this device cannot be reconnected to; restart() it", where=self.transport.name)
         for requests in self.queues:
+            if requests.broken is not None:
+                raise UsageError(
+                    f"queue {requests.queue.index} cannot go on: {requests.broken.message}",
+                    where=self.transport.name,
+                    hint="restart() begins anew; what was in flight may be done or not",
+                )
             requests.reap()
         again: dict[int, list[int]] = reconnect(timeout)
         sent: list[Request] = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -12,10 +13,13 @@ from ..core._core import ffi, lib
 from ..errors import DeviceViolation, GuestpvError, TimeLimit, UsageError
 from ..memory import DmaBuffer
 from ..spec import blk as spec
+from ..virtqueue.queue import Virtqueue
 from .blk_errors import OutcomeUnknown, describe, error_of
 from .blk_queue import HEADER, RequestQueue
 
 SPIN_US: Final = 50
+LOOK: Final = 0.1
+"""Seconds between two looks at the health of a device that may go away without a word."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,14 +146,14 @@ def run_burst(
     burst.slot_ids = ffi.from_buffer("int32_t *", ids)
     burst.statuses = ffi.from_buffer("uint8_t *", result.statuses)
     burst.latencies = ffi.from_buffer("uint64_t *", result.latencies) if latencies else ffi.NULL
-    burst.timeout_ns = -1 if timeout is None else int(timeout * 1e9)
+    burst.timeout_ns = _slice(queue, timeout)
     burst.spin_ns = spin_us * 1000
     burst.free_slots = ffi.from_buffer("uint32_t *", free)
-    code = lib.GPV_EINTR
     try:
-        while code == lib.GPV_EINTR:
-            # Between two calls Python runs its signal handlers.
-            code = lib.gpv_blk_burst_run(burst)
+        code = _until_over(burst, queue, timeout)
+    except GuestpvError as error:
+        requests.abandon(error)
+        raise
     except BaseException:
         requests.abandon(GuestpvError("a burst was interrupted while the device had requests of it"))
         raise
@@ -171,6 +175,31 @@ def run_burst(
             requests.abandon(error)
             raise
     return result
+
+
+def _slice(queue: Virtqueue, timeout: float | None) -> int:
+    """Nanoseconds to wait at a time: whoever can tell that the device is gone is asked in between."""
+    if queue.acknowledge is not None:
+        timeout = LOOK if timeout is None else min(timeout, LOOK)
+    return -1 if timeout is None else int(timeout * 1e9)
+
+
+def _until_over(burst: Any, queue: Virtqueue, timeout: float | None) -> int:
+    """Run the burst; its code, 1 when nothing came back for ``timeout`` seconds."""
+    back, since = -1, time.monotonic()
+    while True:
+        code: int = lib.gpv_blk_burst_run(burst)
+        if code == lib.GPV_EINTR:
+            # Between two calls Python runs its signal handlers.
+            continue
+        if code != 1:
+            return code
+        if queue.acknowledge is not None:
+            queue.acknowledge()
+        if burst.next - burst.flying != back:
+            back, since = burst.next - burst.flying, time.monotonic()
+        if timeout is not None and time.monotonic() - since >= timeout - burst.timeout_ns / 1e9:
+            return code
 
 
 def _addresses(data: DmaBuffer, stride: int, count: int) -> NDArray[np.uint64]:

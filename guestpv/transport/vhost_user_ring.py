@@ -35,16 +35,15 @@ def used_base(queue: Virtqueue) -> int:
 class PolledQueue(Virtqueue):
     """A queue without an interrupt, whose waiters look now and then whether the back end is alive."""
 
-    check: Callable[[], None]
-
     def wait(self, timeout: float | None, spin_us: int = 50) -> bool:
-        """As ``Virtqueue.wait``; raises what ``check`` raises."""
+        """As ``Virtqueue.wait``; raises what ``acknowledge`` raises."""
         deadline = None if timeout is None else time.monotonic() + timeout
         while True:
             left = LOOK if deadline is None else max(0.0, deadline - time.monotonic())
             if super().wait(min(left, LOOK), spin_us):
                 return True
-            self.check()
+            if self.acknowledge is not None:
+                self.acknowledge()
             if left < LOOK:
                 return False
             spin_us = 0
@@ -92,21 +91,17 @@ class Ring:
                 fds.append(SYSTEM.eventfd())
                 undo.callback(SYSTEM.close, fds[-1])
             kick, call, error = fds
-            queue: Virtqueue
-            if mode == "poll":
-                queue = PolledQueue(index, size, features, pool, Kick.eventfd(kick), name=name)
-                queue.check = check
-            else:
-                queue = Virtqueue(
-                    index,
-                    size,
-                    features,
-                    pool,
-                    Kick.eventfd(kick),
-                    interrupt_fd=call,
-                    acknowledge=check,
-                    name=name,
-                )
+            kind = PolledQueue if mode == "poll" else Virtqueue
+            queue = kind(
+                index,
+                size,
+                features,
+                pool,
+                Kick.eventfd(kick),
+                interrupt_fd=None if mode == "poll" else call,
+                acknowledge=check,
+                name=name,
+            )
             undo.pop_all()
         return cls(queue, kick, call, error, fresh_base(queue))
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import select
 import socket
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Final, TypeVar
 
 from ..errors import DeviceGone, GuestpvError, TimeLimit
@@ -18,6 +19,11 @@ from ..wire.vhost_user import ProtocolFeature as PF
 
 ANSWER_LIMIT: Final = 10.0
 """Seconds a back end has for an answer."""
+
+HUNG_UP: Final = (
+    "it ended, or did not like what it was asked: look at what it printed; its device type has to be the "
+    "specification's"
+)
 
 USED_PROTOCOL_FEATURES: Final = (
     PF.MQ,
@@ -167,7 +173,16 @@ class Session:
     def _send(self, message: Message) -> None:
         if self.death:
             raise DeviceGone(self.death, where=self.name)
-        self._channel.send(message)
+        with self._explaining():
+            self._channel.send(message)
+
+    @contextlib.contextmanager
+    def _explaining(self) -> Iterator[None]:
+        try:
+            yield
+        except DeviceGone as error:
+            error.hint = error.hint or HUNG_UP
+            raise
 
     def _exchange(
         self, request: Request, payload: AnyPayload | None, fds: tuple[int, ...], flags: int = 0
@@ -175,7 +190,8 @@ class Session:
         with self._lock:
             self._send(Message(request, payload.pack() if payload else b"", fds, wire.VERSION | flags))
             try:
-                reply = self._channel.receive()
+                with self._explaining():
+                    reply = self._channel.receive()
             except TimeLimit:
                 raise TimeLimit(
                     f"no answer to {request.name} within {self._channel.timeout:g} s", where=self.name

@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 
 import guestpv
+from guestpv.drivers.blk import Blk
 from guestpv.errors import DeviceGone, GuestpvError, Refused, TimeLimit, UsageError
 from guestpv.memory import DmaBuffer
 from guestpv.spec import blk as spec
@@ -443,6 +444,31 @@ def test_a_device_can_begin_anew_after_a_death(start: Start, connect: Open) -> N
     requests = Requests(transport, queue, 1)
     requests.add(0, spec.T_IN, 0, BLOCK)
     assert requests.finish(1) == {0: BLOCK + 1}
+
+
+SLOW = ("--object", "throttle-group,id=slow,x-iops-total=50")
+SLOW_NODE = "driver=throttle,throttle-group=slow,file.driver=null-co,file.size=16777216,file.read-zeroes=on"
+
+
+@pytest.mark.parametrize("mode", ["msix", "poll"])
+def test_a_burst_whose_back_end_dies_ends_at_once(tmp_path: Path, mode: str) -> None:
+    """Not by its time limit, and what is in flight is never taken for done; a restart begins anew."""
+    with storage_daemon(tmp_path / "slow.sock", SLOW_NODE, options=SLOW) as backend:
+        transport = guestpv.open(f"vhost-user:blk:{backend.socket}?mode={mode}")
+        with Blk(transport, timeout=3600) as disk:
+            rows = disk.allocate(4096 * 32)
+            death = threading.Timer(0.3, backend.kill)
+            death.start()
+            with pytest.raises(DeviceGone, match="the back end closed the connection"):
+                disk.read_many(np.zeros(100_000, np.uint64), rows, 4096, depth=32)
+            with pytest.raises(DeviceGone):
+                disk.read(0, 512)
+            death.join()
+            backend.start()
+            with pytest.raises(UsageError, match=r"queue 0 cannot go on(.|\n)*restart\(\)"):
+                disk.reconnect()
+            disk.restart()
+            assert not disk.read(0, 4096).any()
 
 
 # What is no back end at all.
