@@ -145,3 +145,21 @@ def test_a_link_steered_by_rss(runtime: Path) -> None:
     assert second["rx_packets"] >= 50
     # Without a hash come only the kernel's own multicasts, which are few.
     assert first["rx_packets"] < second["rx_packets"] / 2
+
+
+def test_ipv6_addresses_come_by_themselves(runtime: Path) -> None:
+    """QEMU's router advertises a prefix; multicast comes through, so that the kernel hears it."""
+    network = "user,restrict=on,ipv6-net=fd07::/64,ipv6-host=fd07::2"
+    device = f"'qtest:virtio-net-pci,disable-legacy=on,mac=52:54:00:aa:bb:01?netdev={network}'"
+    done = isolated(
+        runtime,
+        f"{GPV} net up {device} --no-address --detach --json;"
+        "for i in $(seq 600); do ip -j -6 address show dev pv0 scope global > a;"
+        " grep -q fd07:: a && ! grep -q tentative a && break; sleep 0.1; done; cat a;"
+        f"ip -j -6 route show default; {GPV} net down --json",
+    )
+    assert done.returncode == 0, done.stderr
+    _, (link, *_), (route, *_), _ = reports(done)  # type: ignore[misc]
+    (address,) = [known for known in link["addr_info"] if known]
+    assert (address["local"], address["prefixlen"]) == ("fd07::5054:ff:feaa:bb01", 64)
+    assert route["dev"] == "pv0"
