@@ -15,17 +15,32 @@ Examples:
   guestpv explain features-ok
   guestpv explain VIRTIO_NET_F_MRG_RXBUF
   guestpv explain DRV-SPLIT-14
+  guestpv explain VirtIoHwInitialize
   guestpv explain --list feature
 """
 KINDS = ("step", "feature", "register", "requirement")
 
 
+def complete_name(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[str]:
+    """Names that begin so, for the shell; requirements once two letters of them are there."""
+    from ..explain import topics
+
+    begun = incomplete.lower()
+    return [
+        name
+        for name, topic in topics().items()
+        if name.lower().startswith(begun) and (topic.kind != "requirement" or len(begun) > 1)
+    ]
+
+
 @click.command(epilog=EXAMPLE)
-@click.argument("name", required=False)
+@click.argument("name", required=False, shell_complete=complete_name)
 @click.option("--list", "kind", type=click.Choice(KINDS), help="List everything of one kind instead.")
 @reporting
 def explain(report: Report, name: str | None, kind: str | None) -> None:
     """Explain NAME: a step, a feature, a register or a requirement of virtio.
+
+    NAME may also be a function of the Windows drivers: what it does is explained.
 
     What it is, where the standard says so, what our code does about it, what breaks when it is wrong,
     and which function of the Windows drivers does it.

@@ -178,13 +178,15 @@ def _requirements() -> Iterator[Topic]:
 def find(name: str) -> list[Topic]:
     """Topics with this name, in any case; several where two devices have a feature of one name.
 
-    ``VIRTIO_NET_F_MTU``, ``net:mtu``, ``F_MTU`` and ``mtu`` all mean the same.
+    ``VIRTIO_NET_F_MTU``, ``net:mtu``, ``F_MTU`` and ``mtu`` all mean the same. The name of a function of the
+    Windows drivers finds what it does.
 
     Raises:
         UsageError: there is none; the hint has the names that come nearest.
     """
     wanted = _plain(name)
     found = [topic for topic in topics().values() if wanted in (_plain(topic.title), _plain(topic.name))]
+    found = found or [topic for topic in topics().values() if _calls(topic.windows, name.strip())]
     if found:
         return found
     spellings = {_plain(topic.name): topic.title for topic in topics().values()}
@@ -193,6 +195,12 @@ def find(name: str) -> list[Topic]:
     raise UsageError(
         f"nothing is called {name!r}", hint=hint or "guestpv explain --list shows all there is to explain"
     )
+
+
+def _calls(windows: str, name: str) -> bool:
+    """Whether a Windows column names this function."""
+    functions = re.findall(r"`([^`]+)`", windows)
+    return name.casefold() in (part.casefold() for one in functions for part in (one, one.split("::")[-1]))
 
 
 def _plain(name: str) -> str:

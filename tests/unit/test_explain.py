@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
+from guestpv.cli.explain import complete_name
 from guestpv.cli.main import main
 from guestpv.conformance import catalogue
 from guestpv.explain import find, rows, topics
@@ -84,6 +85,8 @@ def test_code_is_found_where_it_names_the_topic() -> None:
         ("mq", ["net:MQ", "blk:MQ"]),
         ("Queue-Select", ["queue_select"]),
         ("drv-split-14", ["DRV-SPLIT-14"]),
+        ("vio_modern_reset", ["reset", "device_status"]),
+        ("SetupCSO", ["net:CSUM"]),
     ],
 )
 def test_names_are_understood_as_people_write_them(name: str, titles: list[str]) -> None:
@@ -127,3 +130,11 @@ def test_deviations_name_requirements_that_exist() -> None:
 def test_the_reference_pages_are_what_the_tables_say(name: str) -> None:
     kept = (REFERENCE / f"{name}.md").read_text(encoding="utf-8")
     assert kept == HEAD.format(name=name) + PAGES[name](), "python -m guestpv.explain.pages docs/reference"
+
+
+def test_the_shell_completes_names() -> None:
+    names = complete_name(None, None, "queue_e")  # type: ignore[arg-type]
+    assert names == ["queue_enable"]
+    everything = complete_name(None, None, "")  # type: ignore[arg-type]
+    assert "features-ok" in everything
+    assert "DRV-INIT-01" not in everything
