@@ -132,6 +132,7 @@ def test_a_driver_behind_a_socket_goes_through_scenarios_life_by_life(served: Se
     assert [name for name, _ in result.results["DRV-INIT-08"]][:3] == ["plain", "features-1", "slow-reset"]
 
 
+@pytest.mark.provokes("a status that is not")
 def test_a_breach_behind_a_socket_is_told_with_its_evidence(
     served: Callable[..., tuple[str, Lives, Run]],
 ) -> None:

@@ -13,6 +13,8 @@ from guestpv.conformance.driver.rules import checked
 from guestpv.conformance.driver.scenarios import TYPES, choose
 from guestpv.conformance.verdict import Verdict
 
+pytestmark = pytest.mark.provokes("mutants")
+
 WANTED = list(catalogue.observable("driver"))
 
 

@@ -8,12 +8,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from guestpv.conformance import catalogue
 from guestpv.conformance.driver import run
 from guestpv.conformance.driver.scenarios import SCENARIOS
-from guestpv.errors import DeviceViolation
+from guestpv.drivers.blk import Blk
+from guestpv.errors import DeviceViolation, GuestpvError
 from guestpv.transport.interrupts import Fanout
 from guestpv.virtqueue.observed import ObservedVirtqueue
 from guestpv.virtqueue.queue import Virtqueue
@@ -161,3 +163,22 @@ def minds_next_in_used_descriptors(patch: pytest.MonkeyPatch) -> None:
         yield from completions(queue)
 
     patch.setattr(Virtqueue, "completions", taken)
+
+
+@patched("DRV-BLK-59", scenario="plain", kind="blk")
+def an_id_ends_with_a_nul(patch: pytest.MonkeyPatch) -> None:
+    get_id = Blk.get_id
+    patch.setattr(Blk, "get_id", lambda self, **how: get_id(self, **how)[:19])
+
+
+@patched("DRV-BLK-52", scenario="plain", kind="blk")
+def errors_are_swallowed(patch: pytest.MonkeyPatch) -> None:
+    read = Blk.read
+
+    def quietly(self: Blk, offset: int, length: int, **how: Any) -> Any:
+        try:
+            return read(self, offset, length, **how)
+        except GuestpvError:
+            return np.zeros(length, np.uint8)
+
+    patch.setattr(Blk, "read", quietly)

@@ -8,6 +8,7 @@ from typing import Any, Final
 
 from ...devices.evidence import Event
 from ...devices.models.balloon import Balloon as BalloonModel
+from ...devices.models.blk import Blk as BlkModel
 from ...devices.ring import Chain
 from ...drivers.balloon import Balloon
 from ...drivers.blk import Blk
@@ -84,7 +85,8 @@ def blk(transport: Transport, watch: Watch, patience: float) -> None:
         for place, data in blocks.items():
             if driver.read(place, BLOCK).tobytes() != data:
                 raise Broken(f"block {place // BLOCK} reads otherwise than it was written")
-        driver.get_id()
+        _identify(driver, watch)
+        _fail_one(driver, watch)
         if transport.has(blk_spec.F_DISCARD):
             driver.discard(0, BLOCK)
         if transport.has(blk_spec.F_WRITE_ZEROES):
@@ -93,6 +95,34 @@ def blk(transport: Transport, watch: Watch, patience: float) -> None:
                 raise Broken("zeroes read otherwise")
         driver.changed()
         watch.settle()
+
+
+def _identify(driver: Blk, watch: Watch) -> None:
+    """The device's id has up to 20 characters, and no NUL behind the twentieth (5.2.6)."""
+    model = watch.device.model
+    assert isinstance(model, BlkModel)
+    model.serial, before = b"twenty characters id", model.serial
+    said = driver.get_id()
+    if said.encode() == model.serial:
+        watch.keep("DRV-BLK-59")
+    else:
+        watch.break_rule("DRV-BLK-59", f"the driver takes {model.serial!r} for {said!r}")
+    model.serial = before
+
+
+def _fail_one(driver: Blk, watch: Watch) -> None:
+    """A status other than 0 is an error of that request, and of no other."""
+    model = watch.device.model
+    assert isinstance(model, BlkModel)
+    for status in (blk_spec.S_IOERR, blk_spec.S_UNSUPP, 99):
+        model.fail_next.append(status)
+        try:
+            driver.read(0, BLOCK)
+        except GuestpvError:
+            driver.read(0, BLOCK)
+            watch.keep("DRV-BLK-52")
+        else:
+            watch.break_rule("DRV-BLK-52", f"a request with status {status} counts as done")
 
 
 def balloon(transport: Transport, watch: Watch, patience: float) -> None:

@@ -2,9 +2,9 @@
 
 from typing import Final
 
-from . import rules_common, rules_packed, rules_pci, rules_ring, rules_split
+from . import rules_blk, rules_common, rules_packed, rules_pci, rules_ring, rules_split
 
-__all__ = ["REASONS", "rules_common", "rules_packed", "rules_pci", "rules_ring", "rules_split"]
+__all__ = ["REASONS", "rules_blk", "rules_common", "rules_packed", "rules_pci", "rules_ring", "rules_split"]
 
 REASONS: Final = {
     "DRV-FEAT-06": "every feature that the standard has can be carried over PCI",
@@ -15,6 +15,13 @@ REASONS: Final = {
     "DRV-PACKED-30": "what lies behind the next used position cannot be told from what the device left there",
     "DRV-PACKED-31": "a list without NEXT is two lists, which is another driver's right",
     "DRV-PACKED-32": "ids of the other descriptors of a list are reserved, and may be anything",
+    "DRV-BLK-05": "what a driver supports shows only when it meets a disk of that model",
+    "DRV-BLK-08": "whether a driver can handle a host-managed disk is known to the driver only",
+    "DRV-BLK-09": "whether a driver can handle a host-managed disk is known to the driver only",
+    "DRV-BLK-24": "whether a driver relies on stability is known to the driver only",
+    "DRV-BLK-27": "whether a driver relies on single segments is known to the driver only",
+    "DRV-BLK-28": "sectors are of 512 bytes, so every number is such an address",
+    "DRV-BLK-29": "every sector of the disk lies in a zone; beyond it DRV-BLK-13 applies",
     "DRV-CONF-07": "the strict device has no legacy interface",
 }
 """Requirement -> why no rule looks at it."""
