@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import ctypes
-import os
 import re
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
-CLONE_NEWNET = 0x40000000
+from guestvm import network
+
 SHARE_A_MACHINE = {"test_lab.py", "test_net_up.py", "test_vfio.py", "test_worlds.py"}
 """Files of the guest tier whose tests share one virtual machine for each kernel."""
 KERNEL = re.compile(r"\[(?:.*?-)?(6\.\d+)(?:-.*)?\]$")
@@ -44,12 +43,5 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 @pytest.fixture
 def own_network() -> Iterator[None]:
     """A network namespace of the test's own, for the thread that runs it and those it starts."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    home = os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        if libc.unshare(CLONE_NEWNET):
-            pytest.fail(f"a network namespace cannot be made: {os.strerror(ctypes.get_errno())}; run as root")
+    with network.own_network():
         yield
-        assert libc.setns(home, CLONE_NEWNET) == 0
-    finally:
-        os.close(home)
