@@ -8,10 +8,10 @@ import pkgutil
 import sys
 from pathlib import Path
 
-from . import plot, report
+from . import plot, report, table
 
 NO_VERSIONS = {"priority", "payload"}
-TOOLS = {"__main__", "contest", "guest_disks", "plot", "report", "testpmd"}
+TOOLS = {"__main__", "contest", "guest_disks", "plot", "report", "table", "testpmd"}
 
 
 def main() -> int:
@@ -31,6 +31,9 @@ def main() -> int:
     parser.add_argument(
         "--against", type=Path, metavar="FILE", help="name what is worse than in this earlier --json"
     )
+    parser.add_argument(
+        "--document", type=Path, metavar="FILE", help="put a race's table into this document, at its mark"
+    )
     arguments = parser.parse_args()
     versions, rows = importlib.import_module(f"bench_suite.{arguments.name}").run(arguments.quick)
     print(report.show(rows))
@@ -45,6 +48,8 @@ def main() -> int:
             f"{name} {value}" for name, value in versions.items() if name not in ("priority", "payload")
         )
         plot.write(file, f"tools/bench {arguments.name}", f"{where['cpu']}; {told}", rows, draw)
+    if arguments.document:
+        table.replace(arguments.document, arguments.name, rows)
     worse = report.worse(arguments.against, rows) if arguments.against else []
     print("\n".join(worse), end="\n" * bool(worse))
     return 0 if all(row.met for row in rows) and not worse else 1
