@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from docsite.windows_names import wrong
 from guestpv.conformance import catalogue
 from guestpv.explain import rows
 from guestpv.explain.lifecycle import MODELS, picture
@@ -65,3 +66,14 @@ def test_every_deviation_has_a_page_that_mentions_its_family() -> None:
     text = "".join(page.read_text() for page in PAGES)
     for family in {row["id"].rsplit("-", 1)[0] for row in rows("deviations")}:
         assert family in text
+
+
+def test_names_that_the_drivers_do_not_have_are_found(tmp_path: Path) -> None:
+    """The check that is run against a checkout of the drivers, against one that has nothing."""
+    found = wrong(tmp_path)
+    assert "steps: reset: no vio_modern_reset" in found
+    assert any(line.startswith("deviations: W-NET-1: NetKVM/wlh/ParaNdis6_Impl.cpp has no") for line in found)
+    assert len(found) > 200
+    names = " ".join(line.rpartition(" ")[2] for line in found)
+    (tmp_path / "all.c").write_text(names)
+    assert {line.split(":")[0] for line in wrong(tmp_path)} == {"deviations"}
