@@ -103,13 +103,18 @@ def test_append(make: Make) -> None:
             zones.append(3 * ZONE, bytes(size))
     with pytest.raises(UsageError, match="no zone begins at byte 4096"):
         zones.append(4096, bytes(4096))
-    for _ in range(12):
-        zones.append(3 * ZONE, bytes(4096))
-    with pytest.raises(ZoneError, match="ZONE_INVALID_CMD"):
-        zones.append(3 * ZONE, bytes(4096))
     zones, _ = make(max_append=0)
     with pytest.raises(Refused, match="max_append_sectors is 0"):
         zones.append(ZONE, bytes(512))
+
+
+@pytest.mark.provokes("it appends to a full zone")
+def test_a_full_zone_takes_no_more(make: Make) -> None:
+    zones, _ = make(findings=True, granularity=4096, max_append=32)
+    for number in range(16):
+        assert zones.append(3 * ZONE, bytes(4096)) == 3 * ZONE + 4096 * number
+    with pytest.raises(ZoneError, match="ZONE_INVALID_CMD"):
+        zones.append(3 * ZONE, bytes(4096))
 
 
 def test_limits_of_open_and_active_zones(make: Make) -> None:
