@@ -30,15 +30,11 @@ def claimed() -> Iterator[tuple[str, str]]:
         for name in NAME.findall(row["windows"]):
             if "_" in name or re.search(r"[a-z][A-Z]", name):
                 yield f"lifecycles: {row['model']}", name
-    ours = "\n".join(sources().values())
+    ours = set(NAME.findall("\n".join(sources().values())))
     for page in sorted(DOCS.glob("*.md")):
         for code in re.findall(r"`([A-Za-z_][\w:>-]*)`", page.read_text(encoding="utf-8")):
             name = re.split(r"::|->", code)[-1]
-            if (
-                NAME.fullmatch(name)
-                and name not in REVISION
-                and not re.search(rf"\b{re.escape(name)}\b", ours)
-            ):
+            if NAME.fullmatch(name) and name not in REVISION and name not in ours:
                 yield f"docs/windows/{page.name}", name
 
 
