@@ -142,6 +142,17 @@ def test_initialization_goes_through_its_steps_in_order(vectors: dict[str, dict[
     assert "0x00" not in reads[:-1]
 
 
+@pytest.mark.requirement("DRV-PCI-57")
+def test_a_walk_in_c_finds_the_structures_that_the_vector_names(exported: Path, tmp_path: Path) -> None:
+    program = build(tmp_path / "replay", "-fsanitize=undefined", "-fno-sanitize-recover=all")
+    found = replay(program, exported / "pci-discovery.json")
+    assert (found.returncode, found.stdout) == (0, "pci-discovery: 5 structures\n")
+    wrong = json.loads((exported / "pci-discovery.json").read_text())
+    wrong["structures"][0]["bar"] += 1
+    (tmp_path / "wrong.json").write_text(json.dumps(wrong))
+    assert replay(program, tmp_path / "wrong.json").returncode == 1
+
+
 def test_what_is_discovered_can_be_found_in_configuration_space(vectors: dict[str, dict[str, Any]]) -> None:
     vector = vectors["pci-discovery"]
     space = bytes.fromhex(vector["config_space"])

@@ -1,4 +1,4 @@
-/* Replays ring vectors against ring.h: replay FILE... */
+/* Replays ring vectors against ring.h, and walks the capabilities of discovery vectors: replay FILE... */
 #include "json.h"
 #include "ring.h"
 
@@ -160,12 +160,46 @@ static int replay_step(struct world *w, const struct json *step)
     return compare(w, step, op);
 }
 
+/* 4.1.4: every virtio structure of a known type, in the order of the list. */
+static int discover(const struct json *vector)
+{
+    const struct json *found = json_need(vector, "structures")->child;
+    uint8_t space[256];
+    unsigned at, count = 0;
+
+    for (at = 0; at < sizeof space; at++)
+        space[at] = byte_at(json_need(vector, "config_space")->text, at);
+    if (get(space, 2) != 0x1af4 || !(get(space + 6, 2) & 0x10)) {
+        printf("%s: no virtio function, or no capabilities\n", json_need(vector, "name")->text);
+        return 1;
+    }
+    for (at = space[0x34] & 0xfc; at >= 0x40 && at <= 0xf0; at = space[at + 1] & 0xfc) {
+        const uint8_t *c = space + at;
+
+        if (c[0] != 9 || c[2] < 16 || c[3] < 1 || (c[3] > 5 && c[3] != 8 && c[3] != 9) || c[4] > 5)
+            continue;
+        if (!found || json_need(found, "position")->number != at || json_need(found, "cfg_type")->number != c[3] ||
+            json_need(found, "bar")->number != c[4] || json_need(found, "offset")->number != get(c + 8, 4) ||
+            json_need(found, "length")->number != get(c + 12, 4) ||
+            (c[3] == 2 && json_need(found, "notify_off_multiplier")->number != get(c + 16, 4))) {
+            printf("%s: the structure at 0x%x is another one\n", json_need(vector, "name")->text, at);
+            return 1;
+        }
+        found = found->next;
+        count++;
+    }
+    printf("%s: %u structures%s\n", json_need(vector, "name")->text, count, found ? ", the vector has more" : "");
+    return found != NULL;
+}
+
 static int replay(const char *path)
 {
     const struct json *vector = json_read(path), *queue, *area, *step;
     struct world w = {.vector = json_need(vector, "name")->text};
     int i, bad = 0;
 
+    if (!strcmp(json_need(vector, "kind")->text, "discovery"))
+        return discover(vector);
     if (strcmp(json_need(vector, "kind")->text, "ring"))
         return 0;
     queue = json_need(vector, "queue");
