@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ from ..system import SYSTEM, System
 from .lock import FunctionLock, holders, runtime_directory
 from .survey import DEVICES, VFIO_DRIVER, Function, Member, driver_of, look_up
 
+LOG: Final = logging.getLogger(__name__)
 DRIVERS: Final = "/sys/bus/pci/drivers"
 PROBE: Final = "/sys/bus/pci/drivers_probe"
 TIME_LIMIT: Final = 30.0
@@ -82,6 +84,7 @@ def bind(address: str, *, force: bool = False, user: str | None = None, system: 
             with _explained(node, f"giving it to {user}", f"bind --user {user} {function.address}"):
                 system.chown(node, owner)
         undo.pop_all()
+    LOG.info("%s: bound to %s, before: %s", function.address, VFIO_DRIVER, function.driver)
     previous = function.driver if changed else (_recall(function.address, system) or {}).get("driver")
     return Bound(function.address, previous, node, changed, function.blockers)
 
@@ -116,7 +119,9 @@ def unbind(address: str, *, force: bool = False, system: System = SYSTEM) -> Unb
             _give_back(address, record, system)
     with suppress(FileNotFoundError):
         system.unlink(_record_path(address, system))
-    return Unbound(address, driver_of(address, system), bound)
+    driver = driver_of(address, system)
+    LOG.info("%s: given back to %s", address, driver)
+    return Unbound(address, driver, bound)
 
 
 def _take(function: Function, undo: ExitStack, system: System) -> None:

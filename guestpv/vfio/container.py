@@ -6,6 +6,7 @@ A back-end gives ``VfioFunction`` an ``Attachment``: the function's device file,
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import resource
 import threading
@@ -20,6 +21,7 @@ from .dma import IovaAllocator, Memory
 from .lock import holders
 from .survey import members_of, not_viable
 
+LOG: Final = logging.getLogger(__name__)
 CONTAINER_NODE: Final = "/dev/vfio/vfio"
 
 
@@ -225,6 +227,7 @@ class Type1Container:
                 raise self._explain_map(error, size) from error
             raise
         self._mapped[iova] = memory
+        LOG.debug("%s: mapped %d bytes at %#x", self.node, size, iova)
         return iova, memory
 
     def _explain_map(self, error: OSError, size: int) -> GuestpvError:
