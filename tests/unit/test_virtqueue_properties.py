@@ -153,7 +153,8 @@ class QueueMachine(RuleBasedStateMachine):
 
     @rule(limit=st.integers(1, 9))
     def reap_some(self, limit: int) -> None:
-        for (token, length), _ in zip(self.b.queue.completions(), range(limit), strict=False):
+        # In this order: once there were enough, no further one is taken.
+        for _, (token, length) in zip(range(limit), self.b.queue.completions(), strict=False):
             expected = self.out[token][2]
             assert self.b.queue.cookie(token) is expected
             self.take(token, length)
