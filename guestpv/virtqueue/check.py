@@ -30,11 +30,20 @@ class InvariantBroken(GuestpvError):
 
 @dataclass(slots=True)
 class _Placed:
-    """An outstanding buffer: where its descriptors are, and what they say."""
+    """An outstanding buffer: its number of descriptors, where they still stand, and what they say."""
 
+    count: int
+    head: int
     places: list[int]
     rows: list[tuple[int, ...]]
     table: bytes
+
+    def give_way(self, places: list[int]) -> None:
+        """Forget the descriptors at these places."""
+        left = [
+            (place, row) for place, row in zip(self.places, self.rows, strict=True) if place not in places
+        ]
+        self.places, self.rows = [place for place, _ in left], [row for _, row in left]
 
 
 class CheckedVirtqueue(Virtqueue):
@@ -42,7 +51,8 @@ class CheckedVirtqueue(Virtqueue):
 
     Invariants, by name:
 
-    - ``disjoint``: no descriptor belongs to two outstanding buffers (DRV-SPLIT-50, DRV-PACKED-04).
+    - ``disjoint``: no descriptor belongs to two outstanding buffers (DRV-SPLIT-50). In a packed ring a place
+      is free once a used element was taken from it, even while the buffer that stood there is outstanding.
     - ``counted``: free descriptors and those of outstanding buffers add up to the queue size.
     - ``shape``: a buffer in the ring has the elements it was added with, readable ones first.
     - ``index``: available idx is the number of published buffers modulo 65536 (DRV-SPLIT-47, -49).
@@ -129,9 +139,10 @@ class CheckedVirtqueue(Virtqueue):
         if len(set(taken)) != len(taken):
             twice = sorted(place for place in set(taken) if taken.count(place) > 1)
             raise InvariantBroken(f"disjoint: descriptors {twice} belong to two buffers", where=self.name)
-        if self.free_slots + len(taken) != self.size:
+        counted = sum(placed.count for placed in self._placed.values())
+        if self.free_slots + counted != self.size:
             raise InvariantBroken(
-                f"counted: {self.free_slots} free and {len(taken)} taken descriptors of {self.size}",
+                f"counted: {self.free_slots} free and {counted} taken descriptors of {self.size}",
                 where=self.name,
             )
         if isinstance(self.rings, SplitRings):
@@ -168,7 +179,7 @@ class CheckedVirtqueue(Virtqueue):
                 # A used descriptor may stand anywhere in the outstanding part; the core judges those.
                 used = bool(now[3] & PACKED_DESC_F_AVAIL) == bool(now[3] & PACKED_DESC_F_USED)
                 # The flags of a head wait for publish.
-                same = now[:3] == row[:3] if place == placed.places[0] else now == row
+                same = now[:3] == row[:3] if place == placed.head else now == row
                 if not used and not same:
                     self._intruded(f"descriptor {place} of buffer {slot}", "2.8.16", "DEV-PACKED-07")
 
@@ -210,5 +221,9 @@ class CheckedVirtqueue(Virtqueue):
             got[0] = (*got[0][:2], elements[0][2])  # its flags wait for publish
         if got != elements:
             raise InvariantBroken(f"shape: buffer {slot} is {elements} and stands as {got}", where=self.name)
-        self._placed[slot] = _Placed(places, [desc[place].tolist() for place in places], table)
+        if self.packed:
+            for placed in self._placed.values():
+                placed.give_way(places)
+        rows = [desc[place].tolist() for place in places]
+        self._placed[slot] = _Placed(len(places), places[0], places, rows, table)
         self._at = (self._at + len(places)) % self.size

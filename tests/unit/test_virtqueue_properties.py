@@ -201,6 +201,27 @@ TestQueue.settings = settings(
 )
 
 
+def test_places_of_a_packed_ring_are_free_again_where_used_elements_were_taken() -> None:
+    """Also the place of a buffer that is still with the device, which used others first (2.8.6)."""
+    b = bench(mask("RING_PACKED"), 3, queue_type=CheckedVirtqueue)
+    part = b.pool.allocate(64)
+    first, second, third = (b.queue.add([part]) for _ in range(3))
+    b.queue.publish()
+    chains = [b.peer.pop() for _ in range(3)]
+    for chain in (chains[0], chains[2]):
+        assert chain is not None
+        b.peer.push(chain, 0)
+    assert list(b.queue.completions()) == [(first, 0), (third, 0)]
+    fourth = b.queue.add([part, part])
+    b.queue.publish()
+    assert chains[1] is not None
+    b.peer.push(chains[1], 0)
+    again = b.peer.pop()
+    assert again is not None
+    b.peer.push(again, 0)
+    assert list(b.queue.completions()) == [(second, 0), (fourth, 0)]
+
+
 @pytest.mark.parametrize("form", [(), ("RING_PACKED",)], ids=["split", "packed"])
 @pytest.mark.parametrize("options", list(itertools.product([False, True], repeat=2)), ids=str)
 def test_random_bursts_over_three_wraps_of_the_index(
