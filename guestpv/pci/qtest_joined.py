@@ -38,8 +38,8 @@ SOCKETS = "-qtest unix:PATH,server=on,wait=off -qmp unix:PATH,server=on,wait=off
 
 IDLE_LIMIT = 20.0
 """Seconds that firmware may take until it gives up."""
-IDLE_LOOKS = 10
-IDLE_PAUSE = 0.03
+IDLE_LOOKS = 6
+IDLE_PAUSE = 0.02
 CR0_PAGING = 1 << 31
 
 

@@ -331,28 +331,33 @@ PEERS: list[World] = [
 
 
 class Returner:
-    """The far end of a cable of datagrams, which sends every frame back."""
+    """The far end of a cable of datagrams, which sends every frame back.
+
+    Attributes:
+        device, wire: paths of the two ends' sockets.
+        netdev: QEMU's ``-netdev`` option for the device's end.
+    """
 
     def __init__(self, directory: Path) -> None:
-        theirs, ours = directory / "device", directory / "wire"
-        self._theirs = str(theirs)
+        self.device, self.wire = str(directory / "device"), str(directory / "wire")
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-        self._socket.bind(str(ours))
-        self.netdev = f"dgram,local.type=unix,local.path={theirs},remote.type=unix,remote.path={ours},id=net"
+        self._socket.bind(self.wire)
+        self.netdev = f"dgram,local.type=unix,local.path={self.device},remote.type=unix"
+        self.netdev += f",remote.path={self.wire},id=net"
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
 
     def _run(self) -> None:
         while frame := self._socket.recv(1 << 17):
             try:
-                self._socket.sendto(frame, self._theirs)
+                self._socket.sendto(frame, self.device)
             except OSError:
                 # Between two lives of the device nobody listens.
                 continue
 
     def close(self) -> None:
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as end:
-            end.sendto(b"", self._socket.getsockname())
+            end.sendto(b"", self.wire)
         self._thread.join()
         self._socket.close()
 
