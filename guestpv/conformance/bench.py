@@ -68,6 +68,15 @@ class Bench:
             try:
                 transport = rig.transport
                 offered = transport.offered
+                # Where not even this works, every check would wait for its limit.
+                try:
+                    rig.works()
+                except AssertionError as error:
+                    raise GuestpvError(
+                        f"a good request does not come back: {error}",
+                        where=peer.spec,
+                        hint="there is nothing to check yet; see `guestpv info`, and the device's log",
+                    ) from error
                 self._facts[peer.spec] = Facts(
                     transport.device_type,
                     offered,
@@ -101,6 +110,8 @@ class Bench:
         rig = None
         try:
             require_type(transport)
+            # INTx is shared out by a thread.
+            synchronous = synchronous and transport.mode != "intx"
             rig = Rig(peer.spec, transport, case, synchronous=synchronous)
             if not untouched:
                 transport.reset(rig.limit)
