@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +22,13 @@ def spec(subnet: int, more: str = "") -> str:
 
 
 @pytest.fixture
-def runtime(tmp_path: Path) -> Path:
+def runtime(tmp_path: Path) -> Iterator[Path]:
     path = tmp_path / "run"
     path.mkdir(mode=0o700)
-    return path
+    yield path
+    if list(path.glob("*.sock")):
+        # A script that failed half-way leaves nothing running.
+        isolated(path, f"{GPV} net down --all")
 
 
 def isolated(runtime: Path, script: str) -> subprocess.CompletedProcess[str]:
