@@ -106,6 +106,7 @@ class Connection:
         self._ring_enable = False
         self._status = 0
         self._regions: list[Region] = []
+        self._told = b""
         self._inflight: Memory | None = None
         self._inflight_stride = 0
         self._back: Channel | None = None
@@ -244,11 +245,14 @@ class Connection:
         self._status = 0
         self.device.write_status(0)
 
+    def _config_block(self) -> bytes:
+        return self.server.registers.config_bytes().ljust(MAX_CONFIG, b"\0")
+
     def _get_config(self, asked: Config) -> Config:
         end = asked.offset + len(asked.data)
         if end > MAX_CONFIG:
             raise Objection(f"GET_CONFIG up to byte {end}")
-        block = self.server.registers.config_bytes().ljust(MAX_CONFIG, b"\0")
+        block = self._told = self._config_block()
         return Config(asked.offset, block[asked.offset : end], asked.flags)
 
     def _set_config(self, config: Config) -> None:
@@ -360,6 +364,9 @@ class Connection:
         packed = bool(device.features >> ft.F_RING_PACKED & 1)
         if not device.status & Status.DRIVER_OK:
             device.write_status(NEGOTIATED | Status.DRIVER_OK)
+            if self._told and self._told != self._config_block():
+                # It changed while there was no driver to notify; front ends keep what they were told.
+                self.interrupt(None)
         record = None
         if self._inflight is not None:
             stride = self._inflight_stride

@@ -334,6 +334,22 @@ def test_no_request_is_lost(
     assert file.read_bytes()[: len(writes.content)] == writes.content
 
 
+def test_a_change_before_the_driver_is_there_is_told_once_it_is(serve: Serve, connect: Open) -> None:
+    """Whoever attaches the disk has read its size by then and keeps it."""
+    model = disk()
+    transport = connect("blk", serve(model).path)
+    transport.negotiate(supported=0)
+    assert transport.config(spec.CONFIG)["capacity"] == SIZE // 512
+    transport.make_queue(0)
+    model.resize(2 * SIZE)
+    fd = transport.config_fd
+    assert fd is not None
+    assert select.select([fd], [], [], 0)[0] == []
+    transport.driver_ok()
+    assert select.select([fd], [], [], 60)[0] == [fd]
+    assert transport.config(spec.CONFIG)["capacity"] == 2 * SIZE // 512
+
+
 def test_nothing_to_reconnect(serve: Serve, connect: Open) -> None:
     transport = connect("blk", serve(disk()).path)
     with pytest.raises(UsageError, match="not live"):
