@@ -376,7 +376,7 @@ class VirtioRegisters:
         if not device.status & Status.FEATURES_OK and not early:
             device.find("DRV-INIT-05", "written before FEATURES_OK", name)
         elif field is None or not field.writable:
-            rule = "DRV-NET-01" if device.model.device_type == ft.NET else ""
+            rule = {ft.NET: "DRV-NET-01", ft.BALLOON: "DRV-BALLOON-46"}.get(device.model.device_type, "")
             device.find(rule, "read-only field of the device configuration written", name)
         elif field.width == width and offset == field.offset:
             device.model.config_written(field, value)

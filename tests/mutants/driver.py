@@ -17,11 +17,21 @@ from guestpv.conformance.driver.rulebook import REASONS
 from guestpv.conformance.driver.rules import RULES
 from guestpv.conformance.verdict import Verdict
 
-from . import driver_blk, driver_common, driver_pci, driver_ring
+from . import driver_balloon, driver_blk, driver_common, driver_pci, driver_ring
 from .driver_bench import WALKS, Walk
 from .driver_patched import PATCHED, Patched
 
-__all__ = ["PATCHED", "WALKS", "Patched", "Walk", "driver_blk", "driver_common", "driver_pci", "driver_ring"]
+__all__ = [
+    "PATCHED",
+    "WALKS",
+    "Patched",
+    "Walk",
+    "driver_balloon",
+    "driver_blk",
+    "driver_common",
+    "driver_pci",
+    "driver_ring",
+]
 
 MUTANTS = [walk for walk in WALKS if walk.breaks]
 HEALTHY = [walk for walk in WALKS if not walk.breaks]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 from collections.abc import Callable
+from queue import Empty, Queue
 from typing import Any, Final
 
 from ...devices.evidence import Event
@@ -140,12 +142,22 @@ def balloon(transport: Transport, watch: Watch, patience: float) -> None:
             if len(model.pages) != driver.pages:
                 raise Broken(f"the driver counts {driver.pages} pages, the device {len(model.pages)}")
         if transport.has(balloon_spec.F_STATS_VQ):
-            for _ in range(2):
-                model.ask_statistics()
-                driver.answer_statistics()
+            _ask(model, driver, patience)
         if transport.has(balloon_spec.F_PAGE_REPORTING):
             driver.report_free()
         watch.settle()
+
+
+def _ask(model: BalloonModel, driver: Balloon, patience: float) -> None:
+    """Ask for statistics twice. A device with a thread of its own takes its time."""
+    seen: Queue[dict[str, int]] = Queue()
+    model.statistics_seen = seen.put
+    for _ in range(2):
+        if not model.ask_statistics():
+            raise Broken("the device has no statistics buffer")
+        driver.answer_statistics()
+        with contextlib.suppress(Empty):
+            seen.get(timeout=patience)
 
 
 def ring(transport: Transport, watch: Watch, patience: float) -> None:

@@ -2,9 +2,18 @@
 
 from typing import Final
 
-from . import rules_blk, rules_common, rules_packed, rules_pci, rules_ring, rules_split
+from . import rules_balloon, rules_blk, rules_common, rules_packed, rules_pci, rules_ring, rules_split
 
-__all__ = ["REASONS", "rules_blk", "rules_common", "rules_packed", "rules_pci", "rules_ring", "rules_split"]
+__all__ = [
+    "REASONS",
+    "rules_balloon",
+    "rules_blk",
+    "rules_common",
+    "rules_packed",
+    "rules_pci",
+    "rules_ring",
+    "rules_split",
+]
 
 REASONS: Final = {
     "DRV-FEAT-06": "every feature that the standard has can be carried over PCI",
@@ -22,6 +31,14 @@ REASONS: Final = {
     "DRV-BLK-27": "whether a driver relies on single segments is known to the driver only",
     "DRV-BLK-28": "sectors are of 512 bytes, so every number is such an address",
     "DRV-BLK-29": "every sector of the disk lies in a zone; beyond it DRV-BLK-13 applies",
+    "DRV-BALLOON-03": "what a driver does with its pages' content is not seen",
+    "DRV-BALLOON-10": "what a driver does with its pages' content is not seen",
+    "DRV-BALLOON-12": "what a driver does with its pages' content is not seen",
+    "DRV-BALLOON-31": "what a driver does with its pages' content is not seen",
+    "DRV-BALLOON-32": "what a driver does with its pages' content is not seen",
+    "DRV-BALLOON-34": "what a driver does with its pages' content is not seen",
+    "DRV-BALLOON-37": "what a driver does with its pages' content is not seen",
+    "DRV-BALLOON-51": "equal values may be fresh ones",
     "DRV-CONF-07": "the strict device has no legacy interface",
 }
 """Requirement -> why no rule looks at it."""
