@@ -47,6 +47,8 @@ class Queue:
         self.outstanding: dict[int, int] = {}
         self._next = 0
         self._ids = 0
+        self._only_read: set[int] = set()
+        self._table_written = False
 
     def buffer(self, size: int, fill: bytes = b"") -> DmaBuffer:
         """Memory that the device can reach."""
@@ -76,6 +78,7 @@ class Queue:
                 more = rs.DESC_F_NEXT if place + 1 < len(elements) else 0
                 rows[place] = (address, length, flags | more, place + 1 if more else 0)
         self._rig.case.note(f"queue {self.index}: indirect table {_shown(elements)}")
+        self._table_written = any(flags & rs.DESC_F_WRITE for _, _, flags in elements)
         return [(memory.address, 16 * len(elements), rs.DESC_F_INDIRECT)]
 
     def offer(self, elements: Sequence[Element], *, kick: bool = True) -> int:
@@ -88,11 +91,21 @@ class Queue:
             id = self.raw.chain(elements, self._next)
             self._next = (self._next + len(elements)) % self.size
             self.raw.offer(id)
-        self.outstanding[id] = len(elements)
+        self.expect(id, elements)
         self._rig.case.note(f"queue {self.index}: offer id {id} {_shown(elements)}")
         if kick:
             self.kick()
         return id
+
+    def expect(self, id: int, elements: Sequence[Element]) -> None:
+        """Know of a buffer that ``raw`` made available; a table among its elements is the last one made."""
+        self.outstanding[id] = len(elements)
+        self._only_read.discard(id)
+        if not any(
+            self._table_written if flags & rs.DESC_F_INDIRECT else flags & rs.DESC_F_WRITE
+            for _, _, flags in elements
+        ):
+            self._only_read.add(id)
 
     def add(
         self,
@@ -149,7 +162,10 @@ class Queue:
             entry = self.raw.used_entry(0)
             if entry is None:
                 break
-            id, length, _ = entry
+            id, length, flags = entry
+            if id in self._only_read and not flags & rs.DESC_F_WRITE:
+                # Reserved without the flag, and some devices leave the buffer's length there (2.8.4).
+                length = 0
             group = [id]
             if self.features >> ft.F_IN_ORDER & 1 and id in self.outstanding and id != first:
                 order = list(self.outstanding)

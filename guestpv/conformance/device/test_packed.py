@@ -141,7 +141,7 @@ def test_ids_are_the_drivers_choice(queue: Queue, rig: Rig, case: Case) -> None:
         elements = queue.elements(request.readable, request.writable)
         case.sent(f"buffer id {id}")
         queue.raw.offer(elements, id)
-        queue.outstanding[id] = len(elements)
+        queue.expect(id, elements)
         queue.kick()
         ((used, length),) = queue.wait()
         assert used == id, f"buffer {id} was made available, {used} came back"
@@ -214,7 +214,8 @@ def test_only_the_next_position_is_looked_at(queue: Queue, rig: Rig, case: Case)
     raw = queue.raw
     # The second buffer alone: the first one's head stays unavailable.
     raw.offset = place
-    raw.offer(queue.elements(second.readable, second.writable), 1)
+    late = queue.elements(second.readable, second.writable)
+    raw.offer(late, 1)
     case.sent("a buffer behind a descriptor that is not available yet")
     queue.kick()
     rig.settle()
@@ -223,7 +224,8 @@ def test_only_the_next_position_is_looked_at(queue: Queue, rig: Rig, case: Case)
     raw.offset = 0
     raw.offer(early, 0)
     raw.offset = behind
-    queue.outstanding.update({0: len(early), 1: behind - place})
+    queue.expect(0, early)
+    queue.expect(1, late)
     queue.kick()
     found = dict(queue.wait(2))
     judge(first, found[0])
