@@ -48,7 +48,7 @@ class Queue:
         self._next = 0
         self._ids = 0
         self._only_read: set[int] = set()
-        self._table_written = False
+        self._table_written = True
 
     def buffer(self, size: int, fill: bytes = b"") -> DmaBuffer:
         """Memory that the device can reach."""
