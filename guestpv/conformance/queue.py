@@ -249,8 +249,7 @@ class Queue:
         fd = self.ring.interrupt_fd
         if fd is None:
             self._rig.case.not_observable("the queue has no interrupt here")
-        if self._rig.transport.mode == "intx":
-            # The line is shared, and read by a thread: let what is under way arrive.
+        if self._rig.interrupts_are_late:
             self._rig.settle()
         try:
             count = os.eventfd_read(fd)

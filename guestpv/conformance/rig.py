@@ -109,6 +109,11 @@ class Rig:
         assert isinstance(function, WatchedFunction)
         return function
 
+    @property
+    def interrupts_are_late(self) -> bool:
+        """Whether a thread passes interrupts on, so that what is under way needs a moment to arrive."""
+        return isinstance(self.transport, PciTransport) and self.transport.interrupts_are_shared
+
     # From reset to running.
 
     def features_for(self, ring: int = 0) -> int:

@@ -224,6 +224,11 @@ class PciTransport(Transport):
                 source, lambda: self._isr.read("isr"), function.unmask_intx, self._sinks, self._config_fd
             )
 
+    @property
+    def interrupts_are_shared(self) -> bool:
+        """Whether several queues have one interrupt, which a thread passes on to their eventfds."""
+        return self._fanout is not None
+
     def _share_vectors(self) -> None:
         """Fewer vectors than queues: all queues share the last one, configuration too when it is alone."""
         self._fanout = Fanout()
