@@ -160,7 +160,7 @@ class Device:
         if extra := accepted & ~self.offered:
             self.find("DRV-FEAT-01", f"accepted without being offered: {names(extra)}", where)
             objections.append("not offered")
-        if broken := accepted & ~ft.close_dependencies(kind, accepted):
+        if broken := ft.unmet(kind, accepted):
             self.find("DRV-FEAT-02", f"accepted without what they require: {names(broken)}", where)
             objections.append("dependency")
         for bit in ft.bits(accepted & ~known_features(kind)):

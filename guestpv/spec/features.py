@@ -225,6 +225,16 @@ def feature_bit(device_type: int | None, name: str) -> int:
     raise KeyError(name)
 
 
+OFFERED_TOGETHER: Final = {BLK: 1 << 11}
+"""Dependencies that bind a device's offer only: a driver may accept these without the others (5.2.5.2)."""
+
+
+def unmet(device_type: int, accepted: int) -> int:
+    """Those of the accepted features that lack others without which a driver must not accept them (2.2.1)."""
+    broken = accepted & ~close_dependencies(device_type, accepted)
+    return broken & ~OFFERED_TOGETHER.get(device_type, 0)
+
+
 def close_dependencies(device_type: int, features: int) -> int:
     """The largest subset of ``features`` in which every feature has what it requires (DRV-FEAT-02)."""
     rules = DEPENDENCIES.get(device_type, {})

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from guestpv.devices.looks import Looks
-from guestpv.spec import blk, net
 from guestpv.spec import features as ft
+from guestpv.spec import net
 from guestpv.spec.pci import CfgType
 from guestpv.spec.status import Status
 
@@ -224,14 +224,14 @@ def accepts_what_is_not_offered(b: Bench) -> None:
     b.driver.negotiate(b.must | 1 << ft.F_RING_PACKED)
 
 
-@mutant("DRV-FEAT-02", spec="blk")
+@mutant("DRV-FEAT-02", spec="net")
 def accepts_without_what_it_requires(b: Bench) -> None:
-    b.driver.negotiate(b.must | 1 << blk.F_CONFIG_WCE)
+    b.driver.negotiate(b.must | 1 << net.F_CTRL_GUEST_OFFLOADS)
 
 
-@mutant("DRV-FEAT-02", "DRV-FEAT-03", spec="blk")
+@mutant("DRV-FEAT-02", "DRV-FEAT-03", spec="net")
 def takes_what_is_offered_unseen(b: Bench) -> None:
-    b.device.offered = b.must | 1 << blk.F_CONFIG_WCE
+    b.device.offered = b.must | 1 << net.F_CTRL_GUEST_OFFLOADS
     b.driver.negotiate(b.device.offered)
 
 

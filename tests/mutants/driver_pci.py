@@ -110,7 +110,7 @@ def guesses_where_the_structures_are(b: Bench) -> None:
 
 
 WIDTHS = {
-    "DRV-PCI-05": (CfgType.DEVICE, 0, 2),
+    "DRV-PCI-05 DRV-NET-175": (CfgType.DEVICE, 0, 2),
     "DRV-PCI-06": (CfgType.DEVICE, 6, 1),
     "DRV-PCI-07": (CfgType.COMMON, 0x00, 2),
 }
@@ -157,7 +157,7 @@ def accesses(requirements: tuple[str, ...], kind: CfgType, offset: int, width: i
 for name, (register, value) in WRITES.items():
     writes(name, register, value)
 for name, (kind, offset, width) in WIDTHS.items():
-    accesses((name,), kind, offset, width)
+    accesses(tuple(name.split()), kind, offset, width)
 for name, (offset, width, also) in ACROSS.items():
     accesses((name, also), CfgType.COMMON, offset, width)
 

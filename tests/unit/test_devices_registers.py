@@ -683,6 +683,7 @@ def test_removal_and_error_fds(rng: Bench) -> None:
     assert fired(error) == 1
 
 
-def test_writeback_control_needs_flush(disk: Bench) -> None:
-    assert not disk.driver.negotiate(V1 | 1 << blk.F_CONFIG_WCE)
-    assert disk.rules == ["DRV-FEAT-02"]
+def test_without_flush_the_cache_is_written_through(disk: Bench) -> None:
+    assert disk.driver.negotiate(V1 | 1 << blk.F_CONFIG_WCE)
+    assert disk.device.model.config["writeback"] == 0
+    assert disk.rules == []

@@ -17,7 +17,9 @@ class Lives:
     """Watches a served device, and goes on to the next scenario whenever the driver gave the device back.
 
     A driver gives it back by a reset after it set DRIVER_OK or FAILED: unbind and bind it in the guest to
-    go on. After the last scenario the device is an ordinary one.
+    go on. The next scenario is set up at the reset after that one, with which the next life begins, so that
+    nothing changes while the driver takes the former life's setup down. After the last scenario the device
+    is an ordinary one.
 
     Args:
         device: what is served.
@@ -49,7 +51,9 @@ class Lives:
         self._offered = device.offered
         self._lived = False
         self._name = ""
+        self._scenario: Scenario | None = None
         self._begin()
+        self._set_up()
         self._stop = device.journal.observe(self._see)
 
     def _begin(self) -> None:
@@ -57,11 +61,13 @@ class Lives:
         self.watch = Watch(self._device, self._function, self._sees)
         if self._function is not None:
             calm(self._function, self._offered)
-        if not self._left:
-            self._name = "afterwards"
+        self._scenario = self._left.pop(0) if self._left else None
+        self._name = self._scenario.name if self._scenario else "afterwards"
+
+    def _set_up(self) -> None:
+        scenario, self._scenario = self._scenario, None
+        if scenario is None:
             return
-        scenario = self._left.pop(0)
-        self._name = scenario.name
         for name, value in scenario.params.items():
             bit = 1 << SWITCHES[name]
             offered = self._device.offered
@@ -73,9 +79,9 @@ class Lives:
         kind, name = getattr(event, "kind", ""), getattr(event, "name", "")
         if kind == "write" and name == "device_status":
             self._lived |= bool(getattr(event, "value", 0) & (Status.DRIVER_OK | Status.FAILED))
-        elif kind == "reset" and name == "device_status" and self._lived:
+        elif kind == "reset" and name == "device_status":
+            self._device.executor.post(self._next if self._lived else self._set_up)
             self._lived = False
-            self._device.executor.post(self._next)
 
     def _next(self) -> None:
         last = not self._left

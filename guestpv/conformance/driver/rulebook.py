@@ -2,13 +2,23 @@
 
 from typing import Final
 
-from . import rules_balloon, rules_blk, rules_common, rules_packed, rules_pci, rules_ring, rules_split
+from . import (
+    rules_balloon,
+    rules_blk,
+    rules_common,
+    rules_net,
+    rules_packed,
+    rules_pci,
+    rules_ring,
+    rules_split,
+)
 
 __all__ = [
     "REASONS",
     "rules_balloon",
     "rules_blk",
     "rules_common",
+    "rules_net",
     "rules_packed",
     "rules_pci",
     "rules_ring",

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final, Literal, cast
 
 from ...devices.device import Device
-from ...devices.evidence import Event, Finding, Journal
+from ...devices.evidence import Event, Finding, Journal, Observer
 from ...devices.function import SoftwareFunction
 from ...devices.queue import DeviceQueue
 from ...spec.status import Status
@@ -205,7 +205,7 @@ class Watch:
             if entry.needs in self.sees:
                 for name in entry.on:
                     self._rules.setdefault(name, []).append(entry)
-        self._stop: Callable[[], None] | None = self.journal.observe(self._see)
+        self._stops = [self.journal.observe(self._see)]
 
     @classmethod
     def over(cls, function: SoftwareFunction, scheme: str = "loopback") -> Watch:
@@ -268,10 +268,15 @@ class Watch:
 
     def finish(self) -> None:
         """The run is over. Idempotent."""
-        stop, self._stop = self._stop, None
-        if stop is not None:
+        stops, self._stops = self._stops, []
+        if stops:
             self.journal.record(Event("end", "run"))
+        for stop in stops:
             stop()
+
+    def follow(self, observer: Observer) -> None:
+        """Let ``observer`` see every event until the run is over."""
+        self._stops.append(self.journal.observe(observer))
 
     @property
     def findings(self) -> list[Finding]:

@@ -132,7 +132,7 @@ def when(watch: Watch, kind: str, act: Callable[[], None], after: int = 1) -> No
             if not left[0]:
                 watch.device.executor.post(act)
 
-    watch.journal.observe(look)
+    watch.follow(look)
 
 
 def needs_reset(watch: Watch) -> None:
@@ -165,7 +165,7 @@ def misleading_words(watch: Watch) -> None:
             area[0 if ring.event_idx else len(area) - 2] = 1
             ring.shown = ring.own
 
-    watch.journal.observe(spoil)
+    watch.follow(spoil)
 
 
 def change_configuration(watch: Watch) -> None:
@@ -186,7 +186,7 @@ def spoiled_used_descriptors(watch: Watch) -> None:
             area[slot : slot + 8] = b"\xa5" * 8
             ring.used_flags = DESC_F_NEXT
 
-    watch.journal.observe(spoil)
+    watch.follow(spoil)
 
 
 LIMITS: Final[dict[str, list[dict[str, str]]]] = {

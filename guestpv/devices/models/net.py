@@ -16,7 +16,7 @@ from ..queue import DeviceQueue
 from ..ring import Chain
 from .net_control import Control
 from .net_hash import KEY_MOST, TABLE_MOST, TYPES, hash_of
-from .packet import ETHERNET, IPV6, Flow, Packet, flow, network_header, reverse, segments
+from .packet import ETHERNET, IPV6, Flow, Packet, cuttable, flow, network_header, reverse, segments
 
 HEADER = struct.Struct("<BBHHHHH")
 BASE = 12
@@ -243,7 +243,9 @@ class Net(Model):
                 "DRV-NET-48", f"checksum at {start} + {offset} outside of the frame", queue.where
             )
             return None
-        if len(frame) < ETHERNET or (gso and (not needs or gso not in HOST_GSO or start + 20 > len(frame))):
+        if gso and not (needs and gso in HOST_GSO and cuttable(frame, start, gso)):
+            return None
+        if len(frame) < ETHERNET:
             return None
         return Packet(frame, needs, start, offset, gso, ecn, gso_size)
 

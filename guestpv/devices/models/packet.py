@@ -102,6 +102,14 @@ def reverse(key: Flow) -> Flow:
     return key[1], key[0], key[3], key[2]
 
 
+def cuttable(data: bytes, transport: int, gso_type: int) -> bool:
+    """Whether a frame for segmentation has all of its headers, the transport header at ``transport``."""
+    kind, network = network_header(data)
+    if transport < network + (20 if kind == IPV4 else 40) or len(data) < transport + 20:
+        return False
+    return gso_type == net.GSO_UDP_L4 or 20 <= 4 * (data[transport + 12] >> 4) <= len(data) - transport
+
+
 def segments(packet: Packet) -> Iterator[Packet]:
     """Cut a packet for TCP or UDP segmentation into complete frames (5.1.9.2 point 2)."""
     data, transport = packet.data, packet.csum_start
