@@ -195,7 +195,10 @@ class BalloonService:
                 "memory is short, but the device does not allow giving any back (no DEFLATE_ON_OOM)", events
             )
             return False
-        pages = self.balloon.deflate(min(STEP, -(-short >> spec.PAGE_SHIFT)))
+        # Memory goes by the chunk, too: pages that only leave the balloon help nobody.
+        chunks = -(-short // (self._chunk << spec.PAGE_SHIFT))
+        wanted = max(0, chunks * self._chunk - self.balloon.free_pages)
+        pages = self.balloon.deflate(min(max(STEP, self._chunk), wanted))
         self._given_back += pages
         self._hold("memory is short: giving some back to the guest", events)
         return True
