@@ -17,7 +17,7 @@ from .net_config import DEFAULT_MTU
 
 ETHERNET_HEADER: Final = 14
 VLAN_TAG: Final = 4
-MERGEABLE_BUFFER: Final = 2048
+MERGEABLE_BUFFER: Final = 4096
 LARGEST_FRAME: Final = 65589
 """What a receive buffer has room for where segments may come joined, without the virtio header (5.1.9.3)."""
 PARTIAL_LIMIT = 5.0
