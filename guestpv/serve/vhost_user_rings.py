@@ -131,6 +131,8 @@ def enable(queue: DeviceQueue, packed: bool, base: int, memory: Memory | None) -
     if packed:
         ring = ResumedPacked(queue.size, features, bus, (desc, driver, device))
         avail, used = (base & 0x7FFF, base >> 15 & 1), (base >> 16 & 0x7FFF, base >> 31)
+        if not base >> 16:
+            used = avail  # DPDK's virtio-user says nothing of the used position, and nothing is in flight
         lists: Sequence[list[RawDescriptor]] = ()
         if memory is not None:
             flags = np.frombuffer(desc, PACKED_DESC, queue.size)["flags"]

@@ -4,12 +4,8 @@ The client is the newest QEMU of Debian's backports, unpacked beside the machine
 """
 
 import hashlib
-import json
-import os
 import re
-import shlex
 import shutil
-import struct
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -18,84 +14,28 @@ from pathlib import Path
 
 import pytest
 
+import strictguest
 from guestpv.devices.function import SoftwareFunction
 from guestpv.devices.models.balloon import Balloon
 from guestpv.devices.models.net import Net
-from guestpv.devices.models.wire import tap
 from guestpv.serve.vfio_user import VfioUserServer, make_function
 from guestvm import Machine
-from peers import tree
+from strictguest import BACKEND, GUEST_ADDRESS, MEMORY, OUR_ADDRESS, Neighbour, attachment
 
 # The first time a tree is downloaded and images are built.
 pytestmark = pytest.mark.timeout(1800)
 
-MEMORY = 1024
-BACKEND = f"memory-backend-memfd,id=ram,size={MEMORY}M,share=on"
 SLOTS = {"blk": 0x1A, "net": 0x1B, "rng": 0x1C, "balloon": 0x1D}
 DISK_SIZE = 64 << 20
 FILE_SIZE = 24 << 20
-OUR_ADDRESS, GUEST_ADDRESS = "192.0.2.1", "192.0.2.2"
-OUR_MAC = bytes.fromhex("525400000099")
-ARP, IPV4, ICMP = 0x0806, 0x0800, 1
 WORLDS = [("none", "off"), ("intel", "on")]
 """vIOMMU, packed rings."""
 
 
 @pytest.fixture(scope="module")
 def newest_qemu(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A program that runs the tree's QEMU with the tree's libraries, modules and firmware."""
-    found = tree.get("qemu")
-    share = found.root / "usr" / "share"
-    modules = found.root / "usr" / "lib" / "x86_64-linux-gnu" / "qemu"
-    command = [*found.program("qemu-system-x86_64"), "-L", str(share / "qemu"), "-L", str(share / "seabios")]
-    script = tmp_path_factory.mktemp("qemu") / "qemu-system-x86_64"
-    script.write_text(
-        f'#!/bin/sh\nexport QEMU_MODULE_DIR={shlex.quote(str(modules))}\nexec {shlex.join(command)} "$@"\n'
-    )
-    script.chmod(0o755)
-    # What accelerator works is remembered by the program's age.
-    age = (found.root / "usr" / "bin" / "qemu-system-x86_64").stat().st_mtime_ns
-    os.utime(script, ns=(age, age))
-    return script
-
-
-def attachment(path: str, slot: int, **properties: object) -> str:
-    """QEMU's ``-device`` for a server's socket; its place is fixed, as functions on the root bus need one."""
-    device = {
-        "driver": "vfio-user-pci",
-        "socket": {"type": "unix", "path": path},
-        "bus": "pcie.0",
-        "addr": f"{slot:#x}",
-        "x-no-posted-writes": True,
-        "x-msg-timeout": 300000,
-    }
-    return json.dumps(device | properties)
-
-
-class Neighbour:
-    """Answers ARP and ping for ``OUR_ADDRESS`` at the far end of a network device's wire."""
-
-    def __init__(self, model: Net) -> None:
-        self._model = model
-        self._address = bytes(map(int, OUR_ADDRESS.split(".")))
-        self.answered = 0
-        tap(model, self._receive)
-
-    def _receive(self, frame: bytes) -> None:
-        frame = bytes(frame)
-        kind = struct.unpack_from(">H", frame, 12)[0]
-        if kind == ARP and frame[20:22] == b"\0\1" and frame[38:42] == self._address:
-            body = frame[14:20] + b"\0\2" + OUR_MAC + self._address + frame[22:32]
-        elif kind == IPV4 and frame[23] == ICMP and frame[30:34] == self._address and frame[34] == 8:
-            # Type 8 becomes 0, so the checksum, a ones' complement sum, grows by 0x0800.
-            checksum = struct.unpack_from(">H", frame, 36)[0] + 0x0800
-            checksum = (checksum & 0xFFFF) + (checksum >> 16)
-            echo = struct.pack(">HH", 0, checksum) + frame[38:]
-            body = frame[14:26] + self._address + frame[26:30] + echo
-            self.answered += 1
-        else:
-            return
-        self._model.deliver(frame[6:12] + OUR_MAC + frame[12:14] + body)
+    """The newest QEMU of Debian's backports."""
+    return strictguest.newest_qemu(tmp_path_factory.mktemp("qemu"))
 
 
 class World:

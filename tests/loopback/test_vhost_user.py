@@ -13,20 +13,23 @@ import numpy as np
 import pytest
 
 import guestpv
+from guestpv.devices.loopback import open_function
 from guestpv.devices.model import Model
 from guestpv.devices.models.blk import Blk
 from guestpv.devices.models.blk_store import Store
 from guestpv.devices.models.net import Net as NetModel
 from guestpv.devices.models.rng import Rng as RngModel
 from guestpv.devices.models.wire import echo
+from guestpv.devices.scripted import ScriptedDriver
 from guestpv.drivers.net import Net
 from guestpv.drivers.rng import Rng
 from guestpv.errors import DeviceGone, FeaturesRefused, GuestpvError, Refused, UsageError
 from guestpv.serve.vhost_user import PROTOCOL_FEATURES, VhostUserServer
+from guestpv.serve.vhost_user_rings import enable
 from guestpv.spec import blk as spec
 from guestpv.spec import features as feat
 from guestpv.spec import net
-from guestpv.spec.features import mask
+from guestpv.spec.features import F_ACCESS_PLATFORM, F_RING_PACKED, F_VERSION_1, mask
 from guestpv.spec.status import Status
 from guestpv.transport.vhost_user import VhostUserTransport
 from guestpv.virtqueue.queue import Virtqueue
@@ -438,3 +441,16 @@ def test_one_pair_needs_no_control_queue(serve: Serve, connect: Open) -> None:
     transport = connect("net", serve(NetModel()).path)
     assert not transport.offered & mask((net.F_MQ, net.F_CTRL_VQ))
     assert transport.num_queues == 2
+
+
+def test_a_packed_ring_whose_front_end_names_the_available_position_only() -> None:
+    """DPDK's virtio-user leaves the used position out of SET_VRING_BASE."""
+    function = open_function("rng", {"packed": "on"})
+    driver = ScriptedDriver(function)
+    features = mask((F_VERSION_1, F_ACCESS_PLATFORM, F_RING_PACKED))
+    queue = driver.start(features, {0: 4})[0]
+    enable(function.device.queues[0], True, 1 << 15, None)
+    head = queue.add([], [queue.buffer(8)])
+    queue.kick()
+    assert queue.used() == [(head, 8)]
+    function.close()

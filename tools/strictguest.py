@@ -1,0 +1,275 @@
+"""Linux's drivers in a guest before our strict devices, served by vfio-user to the newest QEMU.
+
+``PYTHONPATH=tools python -m strictguest --kernel 6.1`` writes a report for each driver to docs/conformance.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import struct
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
+from typing import Final, Self
+
+from rich.console import Console
+
+from guestpv.conformance import catalogue
+from guestpv.conformance.driver.listen import Lives
+from guestpv.conformance.driver.run import Run
+from guestpv.conformance.driver.scenarios import SCENARIOS, Scenario, choose
+from guestpv.conformance.report import Report, now, versions
+from guestpv.devices.function import SoftwareFunction
+from guestpv.devices.models.balloon import Balloon
+from guestpv.devices.models.net import Net
+from guestpv.devices.models.wire import tap
+from guestpv.serve.vfio_user import VfioUserServer, make_function
+from guestvm import Machine
+from peers import tree
+
+MEMORY: Final = 1024
+BACKEND: Final = f"memory-backend-memfd,id=ram,size={MEMORY}M,share=on"
+OUR_ADDRESS, GUEST_ADDRESS = "192.0.2.1", "192.0.2.2"
+OUR_MAC: Final = bytes.fromhex("525400000099")
+ARP, IPV4, ICMP = 0x0806, 0x0800, 1
+SLOTS: Final = {"blk": 0x1A, "net": 0x1B, "balloon": 0x1D}
+DEVICES: Final = {
+    "blk": "blk?size=16M&offer=-zoned",
+    "net": "net?mtu=1500",
+    # Linux numbers the balloon's queues densely and so looks for this feature's at a wrong place.
+    "balloon": "balloon?offer=-page_reporting",
+}
+HANGS: Final = {"needs-reset"}
+"""Scenarios after which Linux's drivers wait for ever for what was on its way."""
+PATIENCE: Final = 60.0
+NOTE: Final = "Behind vfio-user: ring memory was sampled when the device looked at it."
+
+
+def newest_qemu(home: Path) -> Path:
+    """A program in ``home`` that runs the tree's QEMU with the tree's libraries, modules and firmware."""
+    found = tree.get("qemu")
+    share = found.root / "usr" / "share"
+    modules = found.root / "usr" / "lib" / "x86_64-linux-gnu" / "qemu"
+    command = [*found.program("qemu-system-x86_64"), "-L", str(share / "qemu"), "-L", str(share / "seabios")]
+    script = home / "qemu-system-x86_64"
+    script.write_text(
+        f'#!/bin/sh\nexport QEMU_MODULE_DIR={shlex.quote(str(modules))}\nexec {shlex.join(command)} "$@"\n'
+    )
+    script.chmod(0o755)
+    # What accelerator works is remembered by the program's age.
+    age = (found.root / "usr" / "bin" / "qemu-system-x86_64").stat().st_mtime_ns
+    os.utime(script, ns=(age, age))
+    return script
+
+
+def attachment(path: str, slot: int, **properties: object) -> str:
+    """QEMU's ``-device`` for a server's socket; its place is fixed, as functions on the root bus need one."""
+    device = {
+        "driver": "vfio-user-pci",
+        "socket": {"type": "unix", "path": path},
+        "bus": "pcie.0",
+        "addr": f"{slot:#x}",
+        "x-no-posted-writes": True,
+        "x-msg-timeout": 300000,
+    }
+    return json.dumps(device | properties)
+
+
+class Neighbour:
+    """Answers ARP and ping for ``OUR_ADDRESS`` at the far end of a network device's wire."""
+
+    def __init__(self, model: Net) -> None:
+        self._model = model
+        self._address = bytes(map(int, OUR_ADDRESS.split(".")))
+        self.answered = 0
+        tap(model, self._receive)
+
+    def _receive(self, frame: bytes) -> None:
+        frame = bytes(frame)
+        kind = struct.unpack_from(">H", frame, 12)[0]
+        if kind == ARP and frame[20:22] == b"\0\1" and frame[38:42] == self._address:
+            body = frame[14:20] + b"\0\2" + OUR_MAC + self._address + frame[22:32]
+        elif kind == IPV4 and frame[23] == ICMP and frame[30:34] == self._address and frame[34] == 8:
+            # Type 8 becomes 0, so the checksum, a ones' complement sum, grows by 0x0800.
+            checksum = struct.unpack_from(">H", frame, 36)[0] + 0x0800
+            checksum = (checksum & 0xFFFF) + (checksum >> 16)
+            echo = struct.pack(">HH", 0, checksum) + frame[38:]
+            body = frame[14:26] + self._address + frame[26:30] + echo
+            self.answered += 1
+        else:
+            return
+        self._model.deliver(frame[6:12] + OUR_MAC + frame[12:14] + body)
+
+
+class StrictGuest:
+    """A guest with a strict disk, network card and balloon.
+
+    Args:
+        kernel: series of the guest's kernel.
+        home: a directory for sockets.
+
+    Attributes:
+        vm: the guest.
+        firmware: what the firmware did with the disk, before the kernel came.
+        release: the guest kernel's version.
+    """
+
+    def __init__(self, kernel: str, home: Path) -> None:
+        self._kernel = kernel
+        self._home = home
+        self._stack = ExitStack()
+        self.functions: dict[str, SoftwareFunction] = {}
+        self.firmware = self._run("blk")
+
+    @staticmethod
+    def _run(kind: str) -> Run:
+        areas = ("common", "pci", "split", "packed", kind)
+        return Run([row.id for row in catalogue.observable("driver").values() if row.area in areas])
+
+    def __enter__(self) -> Self:
+        with ExitStack() as stack:
+            devices = []
+            for kind, spec in DEVICES.items():
+                function = self.functions[kind] = make_function(spec)
+                server = stack.enter_context(VfioUserServer(function, str(self._home / f"{kind}.sock")))
+                devices.append(attachment(server.path, SLOTS[kind]))
+            model = self.functions["net"].model
+            assert isinstance(model, Net)
+            self.neighbour = Neighbour(model)
+            boot = self._lives("blk", [SCENARIOS["plain"]], self.firmware)
+            self.vm = stack.enter_context(
+                Machine(
+                    self._kernel,
+                    devices=devices,
+                    objects=[BACKEND],
+                    machine="q35,kernel-irqchip=split,memory-backend=ram",
+                    memory=MEMORY,
+                    iommu="none",
+                    qemu=str(newest_qemu(self._home)),
+                    limit=1500,
+                    boot_limit=300,
+                )
+            )
+            for kind in DEVICES:
+                self.bind(kind, False)
+            boot.finish()
+            self.release = self.sh("uname -r").strip()
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stack.close()
+
+    def _lives(self, kind: str, scenarios: Sequence[Scenario], run: Run) -> Lives:
+        function = self.functions[kind]
+        return Lives(function.device, function, "vfio-user", scenarios, run, lambda text: None)
+
+    def sh(self, script: str, timeout: float = 120) -> str:
+        """Run a shell script in the guest; what it printed, whatever became of it."""
+        return str(self.vm.run(script, timeout).stdout)
+
+    def bind(self, kind: str, to: bool) -> None:
+        """Give a function to Linux's driver, or take it away."""
+        verb, address = ("bind" if to else "unbind"), f"0000:00:{SLOTS[kind]:02x}.0"
+        self.sh(f"echo {address} > /sys/bus/pci/drivers/virtio-pci/{verb}")
+
+    def drive(self, kind: str, names: str = "all") -> Run:
+        """Let Linux's driver live once for each scenario.
+
+        Returns:
+            What the scenarios said. Scenarios of ``HANGS`` are left out.
+        """
+        run = self._run(kind)
+        chosen = [entry for entry in choose(names, kind) if entry.served and entry.name not in HANGS]
+        lives = self._lives(kind, chosen, run)
+        for _ in chosen:
+            self.bind(kind, True)
+            getattr(self, f"_{kind}")()
+            self.bind(kind, False)
+        lives.finish()
+        return run
+
+    def _device(self, kind: str, what: str) -> str:
+        return self.sh(f"ls /sys/bus/pci/devices/0000:00:{SLOTS[kind]:02x}.0/virtio*/{what}").strip()
+
+    def _blk(self) -> None:
+        if disk := self._device("blk", "block"):
+            self.sh(
+                f"""
+                cat /sys/block/{disk}/serial
+                dd if=/dev/urandom of=/dev/{disk} bs=64k count=16 oflag=direct
+                dd if=/dev/{disk} of=/dev/null bs=4k count=64 iflag=direct
+                dd if=/dev/zero of=/dev/{disk} bs=4k count=64 seek=64 conv=fsync
+                blkdiscard -o 65536 -l 65536 /dev/{disk}
+                blkdiscard -z -o 65536 -l 65536 /dev/{disk}
+                """
+            )
+
+    def _net(self) -> None:
+        if link := self._device("net", "net"):
+            self.sh(
+                f"""
+                ip link set {link} up; ip address add {GUEST_ADDRESS}/24 dev {link}
+                ping -c 10 -i 0.05 -s 1400 -w 30 {OUR_ADDRESS}; ping -c 3 -i 0.05 -s 9 -w 30 {OUR_ADDRESS}
+                ip address flush dev {link}; ip link set {link} down
+                """
+            )
+
+    def _balloon(self) -> None:
+        model = self.functions["balloon"].model
+        assert isinstance(model, Balloon)
+        if not model.device.running:
+            return
+        for target in (0x402, 0):
+            model.set_target(target)
+            wait_for(lambda: model.config["actual"] == target or not model.device.running)  # noqa: B023
+        for _ in range(2):
+            model.ask_statistics()
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    """Wait until something holds, or a minute has passed."""
+    deadline = time.monotonic() + PATIENCE
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.02)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="strictguest", description=__doc__)
+    parser.add_argument("--kernel", default="6.1")
+    parser.add_argument("--scenario", default="all")
+    parser.add_argument("--out", type=Path, default=Path("docs/conformance"))
+    options = parser.parse_args()
+    begun = now()
+    with (
+        tempfile.TemporaryDirectory(prefix="strict-") as home,
+        StrictGuest(options.kernel, Path(home)) as guest,
+    ):
+        qemu = guest.vm.qmp("query-version")["qemu"]
+        known = versions() | {"qemu": ".".join(str(part) for part in qemu.values()), "linux": guest.release}
+        runs = {"seabios-blk": guest.firmware}
+        for kind in DEVICES:
+            runs[f"linux-{options.kernel}-{kind}"] = guest.drive(kind, options.scenario)
+    command = f"python -m strictguest --kernel {options.kernel}"
+    for name, run in runs.items():
+        report = Report("driver", name, run.outcomes(), known, begun, command, NOTE)
+        with (options.out / f"{name}.txt").open("w", encoding="utf-8") as file:
+            paper = Console(file=file, width=160, emoji=False)
+            for part in report.text(verbose=1):
+                paper.print(part)
+        print(name, report.counts)
+        for outcome in report.outcomes:
+            if outcome.bad:
+                print(f"  {outcome.requirements} {outcome.sent}: {outcome.seen}")
+
+
+if __name__ == "__main__":
+    main()
