@@ -254,7 +254,8 @@ def main() -> None:
         StrictGuest(options.kernel, Path(home)) as guest,
     ):
         qemu = guest.vm.qmp("query-version")["qemu"]
-        known = versions() | {"qemu": ".".join(str(part) for part in qemu.values()), "linux": guest.release}
+        known = {name: version for name, version in versions().items() if name != "system"}
+        known |= {"qemu": ".".join(str(part) for part in qemu.values()), "linux": guest.release}
         runs = {"seabios-blk": guest.firmware}
         for kind in DEVICES:
             runs[f"linux-{options.kernel}-{kind}"] = guest.drive(kind, options.scenario)

@@ -69,7 +69,8 @@ def main() -> None:
                 (drive_blk if kind == "blk" else drive_net)(server.path)
             lives.finish()
         program = name.partition("-")[0]
-        known = versions() | {program: package_version(peers, LIBRARY[program])}
+        known = {name: version for name, version in versions().items() if name != "system"}
+        known |= {program: package_version(peers, LIBRARY[program])}
         report = Report("driver", name, run.outcomes(), known, begun, "python -m strictusers", NOTE)
         with (options.out / f"{name}.txt").open("w", encoding="utf-8") as file:
             paper = Console(file=file, width=160, emoji=False)

@@ -60,7 +60,9 @@ class Run:
         row = catalogue.find(requirement)
         verdict = min((result.verdict for _, result in said), key=RANK.index, default=Verdict.NOT_EXERCISED)
         names = sorted({rule.name for rule in RULES if requirement in rule.requirements})
-        outcome = Outcome(" ".join(names), [requirement], row.requirement, verdict, section=row.number)
+        outcome = Outcome(
+            ": ".join((requirement, *names[:1])), [requirement], row.requirement, verdict, section=row.number
+        )
         bad = [(scenario, result) for scenario, result in said if result.verdict is Verdict.FAIL]
         if bad:
             scenario, result = bad[0]
