@@ -255,7 +255,10 @@ def main() -> None:
     ):
         qemu = guest.vm.qmp("query-version")["qemu"]
         known = {name: version for name, version in versions().items() if name != "system"}
-        known |= {"qemu": ".".join(str(part) for part in qemu.values()), "linux": guest.release}
+        known |= {
+            "qemu": ".".join(str(qemu[part]) for part in ("major", "minor", "micro")),
+            "linux": guest.release,
+        }
         runs = {"seabios-blk": guest.firmware}
         for kind in DEVICES:
             runs[f"linux-{options.kernel}-{kind}"] = guest.drive(kind, options.scenario)
