@@ -12,7 +12,7 @@ from pathlib import Path
 
 from .report import CURVE, Row
 
-RATES = ("iops", "pps")
+RATES = ("iops", "pps", "throughput")
 WIDTH, NAME, BAR = 900, 280, 360
 LINE, TOP = 24, 64
 COLOURS = {True: "#2a7f62", False: "#b5553c"}

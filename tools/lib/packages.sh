@@ -26,6 +26,11 @@ packages_of() {
         echo "qemu-user-static qemu-aarch64-static"
         echo "systemd systemd-analyze" # checks the units of the documents
         ;;
+    loopback) # our own devices; links in network namespaces
+        echo "iproute2 ip"
+        echo "iproute2 bridge"
+        echo "util-linux unshare"
+        ;;
     qemu) # real devices without a guest
         echo "qemu-system-x86 qemu-system-x86_64"
         echo "iproute2 ip"
