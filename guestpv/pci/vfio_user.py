@@ -21,7 +21,8 @@ from ..spec import pci as spec
 from ..system import PAGE_SIZE, SYSTEM
 from ..wire import unix
 from ..wire import vfio_user as wire
-from ..wire.vfio_user import Channel, DmaFlag, Exchange, IrqFlag, IrqSetFlag, Message, ProtocolError
+from ..wire.stream import ProtocolError, close_all
+from ..wire.vfio_user import Channel, DmaFlag, Exchange, IrqFlag, IrqSetFlag, Message
 from .capabilities import walk
 
 FIRST_ADDRESS: Final = 1 << 36
@@ -361,7 +362,7 @@ class VfioUserFunction:
                     raise UsageError(f"it has no BAR {index}", where=self.name)
                 self._bars[index] = VfioUserBar(self.session, index, info, fds[0] if fds else None)
             finally:
-                wire.close_all(fds)
+                close_all(fds)
         return self._bars[index]
 
     # Interrupts
@@ -409,7 +410,7 @@ class VfioUserFunction:
                 if index == wire.MSIX:
                     self._msix_control(0)
         for index in (wire.MSIX, wire.INTX):
-            wire.close_all(self._events.pop(index, ()))
+            close_all(self._events.pop(index, ()))
 
     def request_fd(self) -> int | None:
         """Eventfd that asks the owner to let go of the function, if the server has one."""
@@ -445,7 +446,7 @@ class VfioUserFunction:
                 flags = IrqSetFlag.DATA_EVENTFD | IrqSetFlag.ACTION_TRIGGER
                 self._set_irqs(flags, index, start, len(part), part)
         except BaseException:
-            wire.close_all(fds)
+            close_all(fds)
             raise
         self._events[index] = fds
         return list(fds)
@@ -486,7 +487,7 @@ class VfioUserFunction:
             return
         self._closed = True
         with ExitStack() as every:
-            every.callback(wire.close_all, [fd for fds in self._events.values() for fd in fds])
+            every.callback(close_all, [fd for fds in self._events.values() for fd in fds])
             every.callback(self.session.close)
             for bar in self._bars.values():
                 every.callback(bar.close)

@@ -26,6 +26,7 @@ from ..spec import features as ft
 from ..spec import pci
 from ..system import PAGE_SIZE, SYSTEM
 from ..wire import vfio_user as wire
+from ..wire.stream import ProtocolError, close_all
 from ..wire.vfio_user import (
     EXCHANGES,
     Channel,
@@ -39,7 +40,6 @@ from ..wire.vfio_user import (
     IrqInfo,
     IrqSet,
     Message,
-    ProtocolError,
     RegionAccess,
     RegionFlag,
     RegionInfo,
@@ -109,7 +109,7 @@ class Connection:
                 raise ProtocolError("a reply came, but nothing was asked", where=self.channel.name)
             reply = self._carry_out(message, fds)
         finally:
-            wire.close_all(fds)
+            close_all(fds)
         if message.wants_reply:
             self.channel.send(reply)
 

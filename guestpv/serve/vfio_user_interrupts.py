@@ -11,6 +11,7 @@ from ..devices.function import SoftwareFunction
 from ..devices.interrupts import signal
 from ..system import SYSTEM
 from ..wire import vfio_user as wire
+from ..wire.stream import close_all
 from ..wire.vfio_user import IrqFlag, IrqInfo, IrqSet, IrqSetFlag
 from .vfio_user_memory import Objection
 
@@ -84,7 +85,7 @@ class ClientInterrupts:
         elif index == wire.INTX:
             self._intx_masked = False
             self._show_intx()
-        wire.close_all(old)
+        close_all(old)
 
     def _detach(self, index: int) -> None:
         """Disable a kind of interrupt."""
@@ -93,7 +94,7 @@ class ClientInterrupts:
             self._function.set_irqs({})
         # Disabling MSI-X took the eventfd of INTx away, too.
         self._show_intx()
-        wire.close_all(old.values())
+        close_all(old.values())
 
     def _show_intx(self) -> None:
         """Attach INTx's eventfd, which also lets the next event through; or take it away."""
@@ -119,7 +120,7 @@ class ClientInterrupts:
         """Take all eventfds away from the function."""
         self._function.set_irqs({})
         for kept in self._fds.values():
-            wire.close_all(kept.values())
+            close_all(kept.values())
             kept.clear()
 
 

@@ -18,6 +18,7 @@ from ..errors import GuestpvError
 from ..spec import features as ft
 from ..spec import net
 from ..spec.status import Status
+from ..wire.stream import ProtocolError
 from ..wire.vhost_user import (
     F_LOG_ALL,
     F_PROTOCOL_FEATURES,
@@ -33,7 +34,6 @@ from ..wire.vhost_user import (
     MemorySlot,
     MemoryTable,
     Message,
-    ProtocolError,
     Request,
     VringAddress,
     VringState,

@@ -14,7 +14,8 @@ from ..errors import DeviceGone, GuestpvError, TimeLimit
 from ..system import SYSTEM, System
 from ..wire import unix
 from ..wire import vhost_user as wire
-from ..wire.vhost_user import U64, AnyPayload, BackendRequest, Channel, Message, ProtocolError, Request
+from ..wire.stream import ProtocolError
+from ..wire.vhost_user import U64, AnyPayload, BackendRequest, Channel, Message, Request
 from ..wire.vhost_user import ProtocolFeature as PF
 
 ANSWER_LIMIT: Final = 10.0

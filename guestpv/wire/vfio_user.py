@@ -8,16 +8,15 @@ lie is a ``Form``. Numbers are in the machine's own byte order; names and values
 from __future__ import annotations
 
 import json
-import os
 import socket
 import struct
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from enum import IntEnum, IntFlag
 from operator import attrgetter
 from typing import Any, Final, Generic, TypeVar
 
-from ..errors import DeviceGone, GuestpvError, TimeLimit
+from .stream import ProtocolError, Stream, close_all
 
 MAJOR: Final = 0
 MINOR: Final = 1
@@ -117,12 +116,6 @@ class UnmapFlag(IntFlag):
     """Flags of ``DmaUnmap``."""
 
     ALL = 1 << 1
-
-
-class ProtocolError(GuestpvError):
-    """The peer sent what the vfio-user protocol does not allow."""
-
-    code = "protocol"
 
 
 @dataclass(frozen=True, slots=True)
@@ -432,13 +425,7 @@ class Message:
         close_all(self.fds)
 
 
-def close_all(fds: Iterable[int]) -> None:
-    """Close file descriptors."""
-    for fd in fds:
-        os.close(fd)
-
-
-class Channel:
+class Channel(Stream):
     """One end of a vfio-user connection: whole messages in, whole messages out.
 
     Args:
@@ -448,14 +435,7 @@ class Channel:
     """
 
     def __init__(self, sock: socket.socket, name: str, timeout: float | None = None) -> None:
-        self._socket = sock
-        self.name = name
-        self.timeout = timeout
-        sock.settimeout(timeout)
-
-    def fileno(self) -> int:
-        """Descriptor of the socket, to poll."""
-        return self._socket.fileno()
+        super().__init__(sock, name, timeout, MAX_FDS)
 
     def send(self, message: Message) -> None:
         """Send one message.
@@ -464,17 +444,9 @@ class Channel:
             DeviceGone: the peer closed the connection.
             TimeLimit: the peer reads nothing.
         """
-        head = HEADER.pack(
-            message.id, message.command, HEADER.size + len(message.payload), message.flags, message.errno
-        )
-        try:
-            sent = self._socket.sendmsg([head, message.payload], _rights(message.fds), socket.MSG_NOSIGNAL)
-            if sent < HEADER.size + len(message.payload):
-                self._socket.sendall((head + message.payload)[sent:], socket.MSG_NOSIGNAL)
-        except TimeoutError:
-            raise TimeLimit(f"the peer read nothing for {self.timeout:g} s", where=self.name) from None
-        except OSError as error:
-            raise DeviceGone(f"the peer closed the connection ({error.strerror})", where=self.name) from None
+        size = HEADER.size + len(message.payload)
+        head = HEADER.pack(message.id, message.command, size, message.flags, message.errno)
+        self.write(head + message.payload, message.fds)
 
     def receive(self) -> Message:
         """Receive one message.
@@ -486,46 +458,13 @@ class Channel:
         """
         fds: list[int] = []
         try:
-            head = self._read(HEADER.size, fds)
+            head = self.read(HEADER.size, fds)
             number, command, size, flags, errno = HEADER.unpack(head)
             known = flags & FLAG_TYPE in (TYPE_COMMAND, TYPE_REPLY)
             if not known or not HEADER.size <= size <= HEADER.size + MAX_PAYLOAD:
                 raise ProtocolError(f"the peer does not speak vfio-user: it sent {head!r}", where=self.name)
-            payload = self._read(size - HEADER.size, fds)
+            payload = self.read(size - HEADER.size, fds)
             return Message(number, command, payload, tuple(fds), flags, errno)
         except BaseException:
             close_all(fds)
             raise
-
-    def _read(self, size: int, fds: list[int]) -> bytes:
-        data = b""
-        while len(data) < size:
-            try:
-                part, ancillary, flags, _peer = self._socket.recvmsg(
-                    size - len(data), socket.CMSG_SPACE(4 * MAX_FDS), socket.MSG_CMSG_CLOEXEC
-                )
-            except TimeoutError:
-                raise TimeLimit(f"the peer sent nothing for {self.timeout:g} s", where=self.name) from None
-            except OSError as error:
-                raise DeviceGone(
-                    f"the peer closed the connection ({error.strerror})", where=self.name
-                ) from None
-            for level, kind, content in ancillary:
-                if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
-                    fds += [fd for (fd,) in struct.iter_unpack("=i", content[: len(content) // 4 * 4])]
-            if flags & socket.MSG_CTRUNC:
-                raise ProtocolError(f"more than {MAX_FDS} descriptors in one message", where=self.name)
-            if not part:
-                raise DeviceGone("the peer closed the connection", where=self.name)
-            data += part
-        return data
-
-    def close(self) -> None:
-        """Close the connection. Idempotent."""
-        self._socket.close()
-
-
-def _rights(fds: Sequence[int]) -> list[tuple[int, int, bytes]]:
-    if not fds:
-        return []
-    return [(socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack(f"={len(fds)}i", *fds))]

@@ -6,15 +6,13 @@ answers it, how many descriptors travel with it. Numbers are in the machine's ow
 
 from __future__ import annotations
 
-import os
 import socket
 import struct
-from collections.abc import Iterable
 from dataclasses import astuple, dataclass
 from enum import IntEnum
 from typing import ClassVar, Final, Protocol, Self
 
-from ..errors import DeviceGone, GuestpvError, TimeLimit
+from .stream import ProtocolError, Stream, close_all
 
 F_LOG_ALL: Final = 26
 """Feature bit in GET_FEATURES that is vhost's own: dirty logging for migration."""
@@ -105,12 +103,6 @@ class BackendRequest(IntEnum):
     VRING_HOST_NOTIFIER_MSG = 3
     VRING_CALL = 4
     VRING_ERR = 5
-
-
-class ProtocolError(GuestpvError):
-    """The peer sent what the vhost-user protocol does not allow."""
-
-    code = "protocol"
 
 
 @dataclass(frozen=True, slots=True)
@@ -375,19 +367,7 @@ class Message:
         close_all(self.fds)
 
 
-def close_all(fds: Iterable[int]) -> None:
-    """Close file descriptors."""
-    for fd in fds:
-        os.close(fd)
-
-
-def _rights(fds: tuple[int, ...]) -> list[tuple[int, int, bytes]]:
-    if not fds:
-        return []
-    return [(socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack(f"={len(fds)}i", *fds))]
-
-
-class Channel:
+class Channel(Stream):
     """One end of a vhost-user connection: whole messages in, whole messages out.
 
     Args:
@@ -397,14 +377,7 @@ class Channel:
     """
 
     def __init__(self, sock: socket.socket, name: str, timeout: float | None = None) -> None:
-        self._socket = sock
-        self.name = name
-        self.timeout = timeout
-        sock.settimeout(timeout)
-
-    def fileno(self) -> int:
-        """Descriptor of the socket, to poll."""
-        return self._socket.fileno()
+        super().__init__(sock, name, timeout, MAX_FDS)
 
     def send(self, message: Message) -> None:
         """Send one message.
@@ -413,14 +386,8 @@ class Channel:
             DeviceGone: the peer closed the connection.
             TimeLimit: the peer reads nothing.
         """
-        data = HEADER.pack(message.request, message.flags, len(message.payload)) + message.payload
-        try:
-            sent = self._socket.sendmsg([data], _rights(message.fds), socket.MSG_NOSIGNAL)
-            self._socket.sendall(data[sent:], socket.MSG_NOSIGNAL)
-        except TimeoutError:
-            raise TimeLimit(f"the peer read nothing for {self.timeout:g} s", where=self.name) from None
-        except OSError as error:
-            raise DeviceGone(f"the peer closed the connection ({error.strerror})", where=self.name) from None
+        head = HEADER.pack(message.request, message.flags, len(message.payload))
+        self.write(head + message.payload, message.fds)
 
     def receive(self) -> Message:
         """Receive one message.
@@ -432,36 +399,11 @@ class Channel:
         """
         fds: list[int] = []
         try:
-            head = self._read(HEADER.size, fds)
+            head = self.read(HEADER.size, fds)
             request, flags, size = HEADER.unpack(head)
             if flags & VERSION_MASK != VERSION or size > MAX_PAYLOAD:
                 raise ProtocolError(f"the peer does not speak vhost-user: it sent {head!r}", where=self.name)
-            return Message(request, self._read(size, fds), tuple(fds), flags)
+            return Message(request, self.read(size, fds), tuple(fds), flags)
         except BaseException:
             close_all(fds)
             raise
-
-    def _read(self, size: int, fds: list[int]) -> bytes:
-        data = b""
-        while len(data) < size:
-            try:
-                part, ancillary, _flags, _peer = self._socket.recvmsg(
-                    size - len(data), socket.CMSG_SPACE(4 * MAX_FDS), socket.MSG_CMSG_CLOEXEC
-                )
-            except TimeoutError:
-                raise TimeLimit(f"the peer sent nothing for {self.timeout:g} s", where=self.name) from None
-            except OSError as error:
-                raise DeviceGone(
-                    f"the peer closed the connection ({error.strerror})", where=self.name
-                ) from None
-            for level, kind, content in ancillary:
-                if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
-                    fds += [fd for (fd,) in struct.iter_unpack("=i", content[: len(content) // 4 * 4])]
-            if not part:
-                raise DeviceGone("the peer closed the connection", where=self.name)
-            data += part
-        return data
-
-    def close(self) -> None:
-        """Close the connection. Idempotent."""
-        self._socket.close()

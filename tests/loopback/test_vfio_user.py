@@ -33,6 +33,7 @@ from guestpv.spec.pci import CfgType
 from guestpv.system import SYSTEM
 from guestpv.transport.pci import PciTransport
 from guestpv.wire import vfio_user as wire
+from guestpv.wire.stream import close_all
 from guestpv.wire.vfio_user import (
     Channel,
     Command,
@@ -892,7 +893,7 @@ def test_a_server_without_reset_and_with_a_request_interrupt(scripted: Callable[
     with pytest.raises(UsageError, match="1 of 0 MSI-X vectors"):
         function.enable_msix(1)
     function.close()
-    wire.close_all(theirs)
+    close_all(theirs)
 
 
 def test_vectors_are_sent_in_as_many_messages_as_the_server_needs(scripted: Callable[[Script], str]) -> None:

@@ -25,7 +25,7 @@ from guestpv.spec import blk as spec
 from guestpv.spec.features import F_EVENT_IDX, F_INDIRECT_DESC, F_RING_PACKED, mask
 from guestpv.transport.vhost_user import VhostUserTransport
 from guestpv.virtqueue.queue import Virtqueue
-from guestpv.wire.vhost_user import ProtocolError
+from guestpv.wire.stream import ProtocolError
 from peers import tree
 from peers.backend import Backend, storage_daemon
 

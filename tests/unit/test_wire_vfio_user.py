@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from guestpv.errors import DeviceGone, TimeLimit
 from guestpv.vfio import abi
 from guestpv.wire import vfio_user as wire
+from guestpv.wire.stream import ProtocolError
 from guestpv.wire.vfio_user import (
     Channel,
     Command,
@@ -27,7 +28,6 @@ from guestpv.wire.vfio_user import (
     Form,
     IrqSet,
     Message,
-    ProtocolError,
     RegionAccess,
     RegionFlag,
     RegionInfo,

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from guestpv.errors import DeviceGone, TimeLimit
 from guestpv.wire import vhost_user as wire
+from guestpv.wire.stream import ProtocolError
 from guestpv.wire.vhost_user import (
     U64,
     Channel,
@@ -23,7 +24,6 @@ from guestpv.wire.vhost_user import (
     MemorySlot,
     MemoryTable,
     Message,
-    ProtocolError,
     Request,
     VringAddress,
     VringState,
@@ -182,3 +182,16 @@ def test_a_closed_connection_is_a_gone_device(pair: Pair) -> None:
         front.receive()
     with pytest.raises(DeviceGone):
         front.send(Message(Request.SET_OWNER))
+
+
+def test_more_descriptors_than_a_message_may_have_are_refused_and_none_stays_open() -> None:
+    ours, theirs = socket.socketpair()
+    channel = Channel(theirs, "back end", 1)
+    with ours:
+        before = len(os.listdir("/proc/self/fd"))
+        rights = struct.pack(f"{wire.MAX_FDS + 5}i", *[ours.fileno()] * (wire.MAX_FDS + 5))
+        ours.sendmsg([bytes(12)], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, rights)])
+        with pytest.raises(ProtocolError, match="more than 8 descriptors"):
+            channel.receive()
+        assert len(os.listdir("/proc/self/fd")) == before
+        channel.close()
