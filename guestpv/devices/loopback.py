@@ -144,6 +144,9 @@ def _blk(params: Params, depth: int) -> Model:
             max_active=params.number("max_active", 0),
             max_append=append // SECTOR,
             granularity=granularity,
+            aware=params.switch("aware", False),
+            read_only_zones=params.number("read_only_zones", 0),
+            offline_zones=params.number("offline_zones", 0),
             **options,
         )
     except BaseException:
@@ -219,7 +222,8 @@ def open_function(body: str, params: dict[str, str]) -> SoftwareFunction:
             memory, so that the end of the process loses it, in whole or, at random after ``seed``, in part;
             ``zoned``: bytes of a zone makes it host-managed, all zones empty at first, with
             ``conventional`` (number of zones at the start), ``max_open``, ``max_active``, ``max_append``
-            (bytes), ``granularity`` (bytes).
+            (bytes), ``granularity`` (bytes), ``aware`` (``on`` makes it host-aware), ``read_only_zones``
+            and ``offline_zones`` (numbers of zones at the end).
 
             ``balloon``: ``target`` in 4096-byte pages.
 

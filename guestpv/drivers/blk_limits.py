@@ -71,12 +71,14 @@ class Limits:
         block_size: bytes that offsets and lengths are multiples of.
         size_max: bytes of one data segment.
         seg_max: data segments of one request.
+        boundary: bytes at whose multiples a request has to end (zones of a host-managed disk), 0 for nowhere.
         discard, write_zeroes, secure_erase: limits of these requests.
     """
 
     block_size: int = spec.SECTOR
     size_max: int = DEFAULT_SIZE_MAX
     seg_max: int = DEFAULT_SEG_MAX
+    boundary: int = 0
     discard: RangeLimits = RangeLimits()
     write_zeroes: RangeLimits = RangeLimits()
     secure_erase: RangeLimits = RangeLimits()
@@ -120,7 +122,9 @@ class Limits:
                 ("secure_erase", "secure_erase_sector_alignment"),
             )
         }
-        return cls(block, size_max, seg_max, **ranges)
+        managed = config.get("model", spec.Z_NONE) == spec.Z_HM
+        boundary = config["zone_sectors"] * spec.SECTOR if managed else 0
+        return cls(block, size_max, seg_max, boundary, **ranges)
 
     @property
     def request_bytes(self) -> int:
@@ -139,9 +143,12 @@ class Limits:
         while number < len(parts):
             request: list[DmaBuffer] = []
             total, ahead, at = 0, number, start
-            while ahead < len(parts) and len(request) < self.seg_max and total < MOST_BYTES:
+            most = MOST_BYTES
+            if self.boundary:
+                most = min(most, self.boundary - sector * spec.SECTOR % self.boundary)
+            while ahead < len(parts) and len(request) < self.seg_max and total < most:
                 part = parts[ahead]
-                length = min(self.size_max, part.nbytes - at, MOST_BYTES - total)
+                length = min(self.size_max, part.nbytes - at, most - total)
                 request.append(part if length == part.nbytes else part[at : at + length])
                 total, at = total + length, at + length
                 if at == part.nbytes:

@@ -58,6 +58,7 @@ CONFIG: Final = Layout(
         Field("write_granularity", 88, 4, feature=F_ZONED),
         Field("model", 92, 1, feature=F_ZONED),
     ),
+    padding=3,
 )
 
 T_IN: Final = 0
@@ -91,6 +92,16 @@ T_ZONE_CLOSE: Final = 20
 T_ZONE_FINISH: Final = 22
 T_ZONE_RESET: Final = 24
 T_ZONE_RESET_ALL: Final = 26
+ZONE_TYPES: Final = (
+    T_ZONE_APPEND,
+    T_ZONE_REPORT,
+    T_ZONE_OPEN,
+    T_ZONE_CLOSE,
+    T_ZONE_FINISH,
+    T_ZONE_RESET,
+    T_ZONE_RESET_ALL,
+)
+"""Requests that only a device with ZONED negotiated knows."""
 
 S_ZONE_INVALID_CMD: Final = 3
 S_ZONE_UNALIGNED_WP: Final = 4

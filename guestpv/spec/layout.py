@@ -41,12 +41,13 @@ class Field:
 
 
 class Layout:
-    """A register block: its fields by name, in the standard's order."""
+    """A register block: its fields by name, in the standard's order, and padding behind the last one."""
 
-    def __init__(self, name: str, section: str, fields: tuple[Field, ...]) -> None:
+    def __init__(self, name: str, section: str, fields: tuple[Field, ...], padding: int = 0) -> None:
         self.name = name
         self.section = section
         self.fields = fields
+        self.padding = padding
         self._by_name = {field.name: field for field in fields}
 
     def __getitem__(self, name: str) -> Field:
@@ -60,8 +61,8 @@ class Layout:
 
     @property
     def size(self) -> int:
-        """Bytes from the start of the block to the end of its last field."""
-        return max(field.end for field in self.fields)
+        """Bytes of the block."""
+        return max(field.end for field in self.fields) + self.padding
 
     def at(self, offset: int) -> Field | None:
         """The field that covers the byte at ``offset``, if any."""

@@ -92,6 +92,18 @@ def test_a_zones_life(make: Make) -> None:
     assert states(zones) == [spec.ZS_NOT_WP] + [spec.ZS_EMPTY] * 9
 
 
+def test_transfers_end_with_their_zone(make: Make) -> None:
+    zones, _ = make()
+    rows = [bytes([n]) * ZONE for n in range(1, 5)]
+    for number, row in enumerate(rows):
+        zones.disk.write(number * ZONE, row)
+    assert zones.disk.read(0, 4 * ZONE).tobytes() == b"".join(rows)
+    assert zones.disk.read(ZONE - 512, 1024).tobytes() == rows[0][-512:] + rows[1][:512]
+    buffer = zones.disk.allocate(2 * ZONE)
+    zones.disk.read_into(ZONE + 4096, [buffer])
+    assert buffer.array.tobytes() == b"".join(rows[1:])[4096 : 4096 + 2 * ZONE]
+
+
 @pytest.mark.requirement("DRV-BLK-33", "DRV-BLK-34", "DRV-BLK-35", "DRV-BLK-36", "DRV-BLK-62")
 def test_append(make: Make) -> None:
     zones, _ = make(granularity=4096, max_append=32)

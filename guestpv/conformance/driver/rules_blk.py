@@ -184,7 +184,7 @@ def zones(watch: Watch, event: Event, chain: Chain) -> Answers:
     if kind not in (blk.T_OUT, blk.T_ZONE_APPEND) or sector >= model.store.sectors:
         return None
     zone = model.zones[sector // cast(int, model.config["zone_sectors"])]
-    if zone.conventional:
+    if zone.kind == blk.ZT_CONV:
         return None
     grain = cast(int, model.config["write_granularity"])
     text = f"{data} bytes at sector {sector}, granularity {grain}"
