@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 BLINK: Final = 0.1
 """Seconds between two looks at the status of a device that should be working."""
+MOST_SHOWN: Final = 8
+"""Descriptors of a buffer that a line of evidence shows."""
 PATIENCE: Final = 2.0
 """Seconds after which a device that is silent on something malformed counts as silent."""
 
@@ -301,7 +303,10 @@ class Queue:
 
 def _shown(elements: Sequence[Element]) -> str:
     names = ((rs.DESC_F_NEXT, "NEXT"), (rs.DESC_F_WRITE, "WRITE"), (rs.DESC_F_INDIRECT, "INDIRECT"))
-    return " ".join(
+    shown = [
         f"[{address:#x}/{length}{''.join(f' {name}' for bit, name in names if flags & bit)}]"
         for address, length, flags in elements
-    )
+    ]
+    if len(shown) > MOST_SHOWN:
+        shown[MOST_SHOWN - 1 : -1] = [f"({len(shown) - MOST_SHOWN} more)"]
+    return " ".join(shown)

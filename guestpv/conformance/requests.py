@@ -67,6 +67,9 @@ class RngWork(Work):
 class BlkWork(Work):
     """Requests of a disk (5.2.6)."""
 
+    # A host-managed disk takes no driver without it.
+    features = 1 << blk.F_ZONED
+
     def command(
         self, kind: int, sector: int = 0, out: bytes = b"", into: int = 0, *, status_is: int | None = blk.S_OK
     ) -> Request:

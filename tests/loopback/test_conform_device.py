@@ -48,6 +48,9 @@ def report(*words: str) -> dict[str, Any]:
     [
         "loopback:rng",
         "loopback:blk?packed=on&in_order=on",
+        "loopback:blk?size=1M&zoned=64K&conventional=1&max_open=3&max_active=4&max_append=8K&granularity=1K"
+        "&read_only_zones=1&offline_zones=1",
+        "loopback:blk?size=1M&zoned=64K&aware=on",
         "loopback:net?packed=on&notification_data=on&multiplier=0",
         "loopback:balloon?packed=on",
     ],
