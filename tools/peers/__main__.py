@@ -19,6 +19,7 @@ def main(name: str, refresh: bool, program: str | None) -> None:
     \b
     peers   passt, DPDK's testpmd, libblkio, qemu-storage-daemon 10 (0.2 GB)
     qemu    the newest QEMU in trixie-backports
+    qemu-10 the QEMU of Debian 13
     aarch64 a Python for aarch64, to be run by qemu-user
 
     Nothing is installed and no root is needed. The result is cached: the next run is immediate.

@@ -63,10 +63,11 @@ RECIPES = {
         ),
     ),
     "qemu": Recipe("trixie-backports", ("qemu-system-x86", "qemu-utils")),
+    "qemu-10": Recipe("trixie", ("qemu-system-x86",)),
     "aarch64": Recipe("trixie", ("python3", "libstdc++6", "libudev1"), "arm64"),
 }
-"""Name -> recipe: the peers that tests and benchmarks run against, the newest QEMU, and a Python to try the
-aarch64 wheel with."""
+"""Name -> recipe: the peers that tests and benchmarks run against, the newest QEMU, Debian 13's own QEMU, and
+a Python to try the aarch64 wheel with."""
 
 
 @dataclass(frozen=True)
