@@ -37,6 +37,7 @@ class Wishes:
         keep_free: bytes that stay available to the guest; None for the default.
         rate: bytes a second that the balloon grows by at most.
         force: also when something uses the function.
+        restart: reset the device and go on when it breaks.
     """
 
     spec: str | None = None
@@ -44,6 +45,7 @@ class Wishes:
     keep_free: int | None = None
     rate: int = DEFAULT_RATE
     force: bool = False
+    restart: bool = False
 
 
 class BalloonSession(Driven):
@@ -68,6 +70,10 @@ class BalloonSession(Driven):
         self._say(f"the host wants {mib(service.target)} in the balloon")
         stop.check()
 
+    def _restart(self) -> None:
+        assert self._service is not None
+        self._service.restart()
+
     def _watch(self, seconds: float, wake_fd: int) -> list[str]:
         assert self._service is not None
         return self._service.watch(seconds, wake_fd)
@@ -82,5 +88,6 @@ class BalloonSession(Driven):
             "name": self._function,
             **self._identity(service.features),
             **service.stats(),
+            "restarts": self._restarts.report(),
             "events": list(self._events),
         }

@@ -33,6 +33,7 @@ def status(report: Report, name: str | None) -> None:
 def show(found: list[dict[str, Any]], verbose: int) -> None:
     """For a person."""
     from .balloon_view import describe, size
+    from .restarts import row
     from .tables import console, indented, pairs
 
     out = console()
@@ -54,6 +55,7 @@ def show(found: list[dict[str, Any]], verbose: int) -> None:
                 f"of that {size(counters['given_back'])} because memory was short",
             ),
             ("statistics", f"answered {counters['statistics']} times"),
+            *row(data),
             ("process", f"{data['pid']}, for {minutes} min {seconds} s"),
         ]
         out.print(pairs(rows))

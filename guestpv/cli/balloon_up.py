@@ -12,6 +12,7 @@ import click
 from ..errors import UsageError
 from .completion import complete_address
 from .report import Report, reporting
+from .restarts import option as restart_option
 
 EXAMPLE = """\b
 Examples:
@@ -59,6 +60,7 @@ class Size(click.ParamType):  # type: ignore[type-arg,unused-ignore]
     show_default=True,
     help="The balloon grows by at most this a second.",
 )
+@restart_option
 @click.option("--detach", is_flag=True, help="Return once it is up; `guestpv balloon down` ends it.")
 @click.option("--force", is_flag=True, help="Also when something uses the function.")
 @reporting
@@ -68,6 +70,7 @@ def up(
     features: str,
     keep_free: int | None,
     rate: int,
+    restart: bool,
     detach: bool,
     force: bool,
 ) -> None:
@@ -85,7 +88,9 @@ def up(
 
     if rate < 4096:
         raise UsageError(f"--rate {rate} is less than a page a second", hint="guestpv balloon up --help")
-    wishes = Wishes(spec=spec, features=features, keep_free=keep_free, rate=rate, force=force)
+    wishes = Wishes(
+        spec=spec, features=features, keep_free=keep_free, rate=rate, force=force, restart=restart
+    )
     if detach:
 
         def is_up(data: dict[str, Any]) -> None:

@@ -34,6 +34,7 @@ class Wishes:
         queues: connections; None for the default.
         poll: spin instead of waiting for interrupts.
         force: also when the machine uses the function.
+        restart: reset the device and go on when it breaks.
     """
 
     spec: str | None = None
@@ -42,6 +43,7 @@ class Wishes:
     queues: int | None = None
     poll: bool = False
     force: bool = False
+    restart: bool = False
 
 
 class BlkSession(Driven):
@@ -58,7 +60,11 @@ class BlkSession(Driven):
     def _bring_up(self, undo: ExitStack, stop: Stop, control: ControlServer) -> None:
         wishes = self._wishes
         service = BlkService(
-            self._open(undo, stop), index=wishes.index, queues=wishes.queues, poll=wishes.poll
+            self._open(undo, stop),
+            index=wishes.index,
+            queues=wishes.queues,
+            poll=wishes.poll,
+            restarts=wishes.restart,
         )
         undo.callback(self._close, service)
         with self._lock:
@@ -82,13 +88,15 @@ class BlkSession(Driven):
 
     def _may_end(self) -> bool:
         try:
-            self._running.settle()
+            return self._running.settle()
         except Refused as refused:
             if not self._busy:
                 self._say(f"{refused.message}; going down once it is not: {refused.hint}")
             self._busy = True
             return False
-        return True
+
+    def _restart(self) -> None:
+        self._running.restart()
 
     def _watch(self, seconds: float, wake_fd: int) -> list[str]:
         return self._running.watch(seconds, wake_fd)
@@ -114,5 +122,6 @@ class BlkSession(Driven):
                 "cache": "write-back" if disk.volatile_cache else "write-through",
                 "connections": len(disk.queues),
                 **service.stats(),
+                "restarts": self._restarts.report(),
                 "events": list(self._events),
             }

@@ -34,6 +34,7 @@ def show(found: list[dict[str, Any]], verbose: int) -> None:
     """For a person."""
     from .blk_up import describe
     from .counters import amount
+    from .restarts import row
     from .tables import console, indented, pairs, table
 
     out = console()
@@ -59,6 +60,7 @@ def show(found: list[dict[str, Any]], verbose: int) -> None:
                 "requests",
                 f"{data['requests']} with {data['kicks']} kicks and {data['interrupts']} interrupts",
             ),
+            *row(data),
             ("process", f"{data['pid']}, for {minutes} min {seconds} s"),
         ]
         out.print(pairs(rows))

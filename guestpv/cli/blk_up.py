@@ -8,6 +8,7 @@ import click
 
 from .completion import complete_address
 from .report import Report, reporting
+from .restarts import option as restart_option
 
 EXAMPLE = """\b
 Examples:
@@ -32,6 +33,7 @@ Examples:
     help="Queues, each with a connection and a thread.  [default: one for each processor, at most 4]",
 )
 @click.option("--poll", is_flag=True, help="Spin instead of waiting for interrupts: faster, costs a CPU.")
+@restart_option
 @click.option("--detach", is_flag=True, help="Return once it is up; `guestpv blk down` ends it.")
 @click.option("--force", is_flag=True, help="Also when the machine uses it, as a mounted disk for example.")
 @reporting
@@ -42,6 +44,7 @@ def up(
     index: int | None,
     queues: int | None,
     poll: bool,
+    restart: bool,
     detach: bool,
     force: bool,
 ) -> None:
@@ -58,7 +61,9 @@ def up(
     from .blk_session import BLK, BlkSession, Wishes
     from .driven import in_background
 
-    wishes = Wishes(spec=spec, features=features, index=index, queues=queues, poll=poll, force=force)
+    wishes = Wishes(
+        spec=spec, features=features, index=index, queues=queues, poll=poll, force=force, restart=restart
+    )
     if detach:
 
         def is_up(data: dict[str, Any]) -> None:

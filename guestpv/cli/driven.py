@@ -27,6 +27,7 @@ from ..vfio.binding import bind, forget, unbind
 from ..vfio.lock import runtime_directory
 from ..vfio.survey import DEVICES, Function, look_up, survey
 from .report import Report
+from .restarts import Restarts
 from .signals import Stop
 
 TICK: Final = 1.0
@@ -105,7 +106,7 @@ class Kind:
 
 
 class Asked(Protocol):
-    """What the user of every kind can ask for: a SPEC, features, and to take what is in use."""
+    """What the user of every kind can ask for: a SPEC, features, to take what is in use, to restart it."""
 
     @property
     def spec(self) -> str | None: ...
@@ -113,6 +114,8 @@ class Asked(Protocol):
     def features(self) -> str: ...
     @property
     def force(self) -> bool: ...
+    @property
+    def restart(self) -> bool: ...
 
 
 class Driven(ABC):
@@ -132,6 +135,7 @@ class Driven(ABC):
         # The control thread must not look at counters of something that is being freed.
         self._lock = threading.Lock()
         self._started = time.time()
+        self._restarts = Restarts(asked.restart)
         self._spec = ""
         self._function = ""
         self._driver_before: str | None = None
@@ -173,6 +177,10 @@ class Driven(ABC):
     @abstractmethod
     def _watch(self, seconds: float, wake_fd: int) -> list[str]:
         """What happened within so many seconds, or until the descriptor is readable."""
+
+    @abstractmethod
+    def _restart(self) -> None:
+        """Reset the device and go on."""
 
     @property
     def _name(self) -> str:
@@ -239,12 +247,27 @@ class Driven(ABC):
             return None
 
     def _look_after(self, stop: Stop, seconds: float) -> None:
-        events = self._watch(seconds, stop.fd)
+        try:
+            events = self._watch(seconds, stop.fd)
+        except GuestpvError as trouble:
+            self._restarts.mend(
+                trouble, self._restart_alone, self._say, lambda pause: self._rest(stop, pause)
+            )
+            events = []
         # What woke us is looked at next, by the caller.
         stop.calm()
         for event in events:
             self._say(event)
         self._judge(events)
+
+    def _restart_alone(self) -> None:
+        with self._lock:
+            self._restart()
+
+    @staticmethod
+    def _rest(stop: Stop, pause: float) -> bool:
+        SYSTEM.poll([stop.fd], pause)
+        return stop.wanted
 
     def _judge(self, events: list[str]) -> None:
         """Raise what it cannot go on after."""

@@ -33,6 +33,7 @@ def status(report: Report, name: str | None) -> None:
 def show(found: list[dict[str, Any]], verbose: int) -> None:
     """For a person."""
     from .net_up import describe
+    from .restarts import row
     from .tables import console, indented, pairs
 
     out = console()
@@ -46,7 +47,7 @@ def show(found: list[dict[str, Any]], verbose: int) -> None:
             continue
         minutes, seconds = divmod(int(time.time() - data["started"]), 60)
         rows = describe(data)
-        rows.append(("process", f"{data['pid']}, for {minutes} min {seconds} s"))
+        rows += [*row(data), ("process", f"{data['pid']}, for {minutes} min {seconds} s")]
         out.print(pairs(rows))
         out.print(counters("", data["rx"], data["tx"]))
         if verbose:

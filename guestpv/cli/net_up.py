@@ -12,6 +12,7 @@ import click
 from ..errors import UsageError
 from .completion import complete_address
 from .report import Report, reporting
+from .restarts import option as restart_option
 
 if TYPE_CHECKING:
     from ..drivers.net_control import Rss
@@ -46,6 +47,7 @@ Examples:
     "--rss-key", metavar="HEX", help="Steer by receive-side scaling (RSS) with this Toeplitz key, 40 bytes."
 )
 @click.option("--rss-table", metavar="LIST", help="With --rss-key: receive queues by hash value: 0,1,0,2.")
+@restart_option
 @click.option("--detach", is_flag=True, help="Return once it is up; `guestpv net down` ends it.")
 @click.option(
     "--force", is_flag=True, help="Also when the machine uses it, as its default route for example."
@@ -64,6 +66,7 @@ def up(
     queues: int,
     rss_key: str | None,
     rss_table: str | None,
+    restart: bool,
     detach: bool,
     force: bool,
 ) -> None:
@@ -100,6 +103,7 @@ def up(
         queue_pairs=queues,
         rss=steering(rss_key, rss_table, queues) if rss_key else None,
         force=force,
+        restart=restart,
     )
     if len(specs) > 1:
         from .net_several import up_together

@@ -46,6 +46,7 @@ class Wishes:
         queue_pairs: how many.
         rss: how received packets are steered, with RSS.
         force: also when the machine uses the function.
+        restart: reset the device and go on when it breaks.
     """
 
     spec: str | None = None
@@ -57,6 +58,7 @@ class Wishes:
     queue_pairs: int = 1
     rss: Rss | None = None
     force: bool = False
+    restart: bool = False
 
 
 class Session(Driven):
@@ -114,6 +116,10 @@ class Session(Driven):
     def _name(self) -> str:
         return str(self._described["name"])
 
+    def _restart(self) -> None:
+        assert self._service is not None
+        self._service.restart()
+
     def _watch(self, seconds: float, wake_fd: int) -> list[str]:
         assert self._service is not None
         events = self._service.watch(seconds, wake_fd)
@@ -140,5 +146,6 @@ class Session(Driven):
             **(self._described or {"spec": self._spec, "function": self._function}),
             "address": settings.as_dict() if settings else None,
             **counters,
+            "restarts": self._restarts.report(),
             "events": list(self._events),
         }

@@ -197,18 +197,28 @@ static int32_t transfer(struct gpv_nbd *e, struct op *o)
 {
     uint64_t offset = o->offset;
     uint32_t left = o->length;
+    int32_t added = 0;
     for (uint32_t slot = o->first_slot; left; slot = e->slot_next[slot]) {
         uint32_t bytes = left < e->c.data_size ? left : e->c.data_size;
-        int32_t result = 0;
-        if (o->command == CMD_WRITE)
-            result = receive_all(e, data_of(e, slot), bytes);
-        if (result == 0)
-            result = gpv_nbd_add(e, o, slot, o->command == CMD_WRITE ? T_OUT : T_IN, offset / SECTOR, bytes);
-        if (result < 0)
-            return result;
+        if (o->command == CMD_WRITE) {
+            int32_t result = receive_all(e, data_of(e, slot), bytes);
+            if (result < 0)
+                return result;
+        }
+        /* All data comes in, also where the queue is broken: it may be given to another one. */
+        if (added == 0)
+            added = gpv_nbd_add(e, o, slot, o->command == CMD_WRITE ? T_OUT : T_IN, offset / SECTOR, bytes);
         offset += bytes;
         left -= bytes;
     }
+    return added;
+}
+
+static int32_t flush(struct gpv_nbd *e, struct op *o)
+{
+    if (e->c.volatile_cache)
+        return gpv_nbd_add(e, o, o->first_slot, T_FLUSH, 0, 0);
+    gpv_nbd_finish(e, o);
     return 0;
 }
 
@@ -263,10 +273,7 @@ static int32_t begin(struct gpv_nbd *e)
         break;
     case CMD_FLUSH:
         count(&e->n.flushes, 1);
-        if (e->c.volatile_cache)
-            result = gpv_nbd_add(e, o, o->first_slot, T_FLUSH, 0, 0);
-        else
-            gpv_nbd_finish(e, o);
+        result = flush(e, o);
         break;
     default:
         count(o->command == CMD_TRIM ? &e->n.discards : &e->n.zeroes, 1);
@@ -355,16 +362,17 @@ static int32_t wait_for_work(struct gpv_nbd *e)
         found = gpv_arm(e->c.queue);
     if (found == 0) {
         struct pollfd fds[] = {
-            { .fd = e->ending ? -1 : e->c.stop_fd, .events = POLLIN },
+            { .fd = e->c.stop_fd, .events = POLLIN },
             { .fd = e->ending || e->blocked ? -1 : e->c.socket, .events = POLLIN },
             { .fd = e->busy ? e->c.queue_fd : -1, .events = POLLIN },
         };
         if (poll(fds, 3, e->busy && e->c.queue_fd < 0 ? 0 : -1) < 0 && errno != EINTR)
             return GPV_NBD_ERRNO - errno;
         count(&e->n.wakeups, 1);
-        if (fds[0].revents)
-            e->ending = 1;
         uint64_t events;
+        if (fds[0].revents & POLLIN && read(e->c.stop_fd, &events, sizeof events) == sizeof events
+            && !__atomic_load_n(&e->paused, __ATOMIC_ACQUIRE))
+            e->ending = 1;
         if (fds[2].revents & POLLIN && read(e->c.queue_fd, &events, sizeof events) == sizeof events)
             count(&e->n.interrupts, events);
     }
@@ -377,6 +385,8 @@ static int32_t wait_for_work(struct gpv_nbd *e)
 static int32_t serve(struct gpv_nbd *e)
 {
     for (;;) {
+        if (__atomic_load_n(&e->paused, __ATOMIC_ACQUIRE))
+            return GPV_NBD_PAUSED;
         int32_t back = gpv_nbd_reap(e);
         if (back < 0)
             return back;
@@ -403,20 +413,93 @@ static int32_t serve(struct gpv_nbd *e)
     }
 }
 
+/* One more time from its beginning. Writes have their data in their slots; which of its parts were done does not matter,
+ * as none of it was acknowledged. */
+static int32_t again(struct gpv_nbd *e, struct op *o)
+{
+    const uint64_t offset = o->offset;
+    uint32_t left = o->length;
+    int32_t result = 0;
+    o->outstanding = 0;
+    o->error = 0;
+    o->flushing = 0;
+    switch (o->command) {
+    case CMD_READ:
+    case CMD_WRITE:
+        for (uint32_t slot = o->first_slot, done = 0; left && result == 0; slot = e->slot_next[slot]) {
+            uint32_t bytes = left < e->c.data_size ? left : e->c.data_size;
+            result = gpv_nbd_add(e, o, slot, o->command == CMD_WRITE ? T_OUT : T_IN, (offset + done) / SECTOR, bytes);
+            done += bytes;
+            left -= bytes;
+        }
+        return result;
+    case CMD_FLUSH:
+        return flush(e, o);
+    default:
+        o->offset -= o->length - o->rest;
+        o->rest = o->length;
+        return gpv_nbd_add_ranges(e, o);
+    }
+}
+
+static int32_t all_again(struct gpv_nbd *e)
+{
+    int32_t result = 0;
+    e->rebound = 0;
+    for (uint32_t i = 0; i < e->c.slot_count && result == 0; i++) {
+        if (e->ops[i].busy) {
+            count(&e->n.resubmitted, 1);
+            result = again(e, &e->ops[i]);
+        }
+    }
+    if (result == 0 && e->added) {
+        e->added = 0;
+        result = gpv_publish(e->c.queue);
+    }
+    return result < 0 ? result : 0;
+}
+
+void gpv_nbd_pause(struct gpv_nbd *e)
+{
+    __atomic_store_n(&e->paused, 1, __ATOMIC_RELEASE);
+}
+
+void gpv_nbd_rebind(struct gpv_nbd *e, const struct gpv_nbd_config *config)
+{
+    const struct gpv_nbd_config old = e->c;
+    e->c = *config;
+    e->c.socket = old.socket;
+    e->c.stop_fd = old.stop_fd;
+    e->c.slot_count = old.slot_count;
+    e->c.data = old.data;
+    e->c.data_size = old.data_size;
+    e->added = 0;
+    e->rebound = 1;
+    __atomic_store_n(&e->paused, 0, __ATOMIC_RELEASE);
+}
+
+void gpv_nbd_give_up(struct gpv_nbd *e)
+{
+    for (uint32_t i = 0; i < e->c.slot_count; i++) {
+        if (e->ops[i].busy) {
+            e->ops[i].error = EIO;
+            gpv_nbd_finish(e, &e->ops[i]);
+        }
+    }
+    answer(e);
+}
+
 int32_t gpv_nbd_run(struct gpv_nbd *e)
 {
     gpv_queue_own(e->c.queue);
     gpv_disarm(e->c.queue);
-    int32_t result = serve(e);
-    if (result < 0) {
-        /* Whatever became of it, nobody may wait for it for ever, nor take it for done. */
-        for (uint32_t i = 0; i < e->c.slot_count; i++) {
-            if (e->ops[i].busy) {
-                e->ops[i].error = EIO;
-                gpv_nbd_finish(e, &e->ops[i]);
-            }
-        }
-        answer(e);
-    }
+    int32_t result = e->rebound ? all_again(e) : 0;
+    if (result == 0)
+        result = serve(e);
+    if (result == GPV_NBD_PAUSED || (result < 0 && result > GPV_NBD_ERRNO && e->c.keep))
+        return result;
+    /* Whatever became of it, nobody may wait for it for ever, nor take it for done. */
+    if (result < 0)
+        gpv_nbd_give_up(e);
     return result;
 }

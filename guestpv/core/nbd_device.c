@@ -64,6 +64,9 @@ int32_t gpv_nbd_add(struct gpv_nbd *e, struct op *o, uint32_t slot, uint32_t typ
     uint32_t number = 1;
     if (bytes)
         segments[number++] = (struct gpv_segment){ e->c.data_bus[slot], bytes };
+    /* A device that says it wrote what it did not must not show the client somebody else's data. */
+    if (type == T_IN)
+        memset(data_of(e, slot), 0, bytes);
     segments[number++] = (struct gpv_segment){ e->c.status_bus[slot], 1 };
     uint32_t writable = type == T_IN ? 2 : 1;
     uint64_t expected = type == T_IN ? bytes + 1 : 1;

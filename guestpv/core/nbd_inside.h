@@ -48,6 +48,8 @@ struct gpv_nbd {
     uint32_t added;         /* since the last publish */
     int blocked;            /* the next request has to wait for slots */
     int ending;
+    int paused;             /* asked for by another thread */
+    int rebound;            /* what is busy has to be given to another queue */
     int64_t spin_ns;        /* how long the next look before sleeping lasts */
     uint32_t have, used;    /* of `input`: filled, and consumed from its start */
     uint8_t input[INPUT];

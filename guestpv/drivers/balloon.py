@@ -8,6 +8,7 @@ kernel can use. Every step is finished when a method returns: no page is ever in
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Iterator
 from types import TracebackType
 from typing import Self
@@ -15,7 +16,7 @@ from typing import Self
 import numpy as np
 
 from ..errors import GuestpvError, Refused, TimeLimit, UsageError
-from ..memory import DmaBuffer, DmaPool
+from ..memory import DmaBuffer
 from ..spec import balloon as spec
 from ..spec.features import mask
 from ..system import SYSTEM, System
@@ -40,18 +41,25 @@ REQUEST_PAGES = 1024
 REQUESTS = 8
 """Requests on their way at a time."""
 ANSWER_LIMIT = 30.0
+LOOK = 0.5
+"""Seconds between looks at the device's status while an answer is awaited."""
 
 
 class Requests:
     """Page numbers on their way to the device, several requests at a time."""
 
-    def __init__(self, pool: DmaPool, count: int, answer_limit: float) -> None:
+    def __init__(self, transport: Transport, count: int, answer_limit: float) -> None:
+        self._transport, pool = transport, transport.pool
         self._slots = [pool.allocate(REQUEST_PAGES * spec.PAGE_NUMBER.itemsize) for _ in range(count)]
         self._idle = list(self._slots)
         self._filling: DmaBuffer | None = None
         self._filled = 0
         self._answer_limit = answer_limit
         self.sent = 0
+
+    def forget(self) -> None:
+        """After a reset: the device has none of them any more."""
+        self._idle, self._filling = list(self._slots), None
 
     def send(self, queue: Virtqueue, numbers: Numbers) -> None:
         """Tell the device page numbers: when a request is full, the rest with ``finish``.
@@ -89,7 +97,7 @@ class Requests:
             self._reap(queue)
 
     def _reap(self, queue: Virtqueue) -> None:
-        if not queue.wait(self._answer_limit):
+        if not patient_wait(self._transport, queue, self._answer_limit):
             raise TimeLimit(
                 f"the device acknowledged nothing for {self._answer_limit:g} s; "
                 f"{queue.outstanding} requests wait, whose pages stay untouched until it is reset",
@@ -100,6 +108,20 @@ class Requests:
             slot = queue.cookie(token)
             assert isinstance(slot, DmaBuffer)
             self._idle.append(slot)
+
+
+def patient_wait(transport: Transport, queue: Virtqueue, limit: float) -> bool:
+    """Wait up to ``limit`` seconds for the device to use a buffer; whether it did.
+
+    Raises:
+        DeviceViolation, DeviceGone: it never will, as it needs a reset or is gone.
+    """
+    deadline = time.monotonic() + limit
+    while not queue.wait(max(0.0, min(LOOK, deadline - time.monotonic()))):
+        transport.check_live()
+        if time.monotonic() >= deadline:
+            return False
+    return True
 
 
 class Balloon:
@@ -147,6 +169,16 @@ class Balloon:
         self._stuck: BaseException | None = None
         self._closed = False
         self.inflated = self.deflated = self.reported = self.hinted = self.answered = 0
+        self._requests: Requests | None = None
+        self._kicks = 0
+        self._source = PageSource(
+            transport.function.dma, transport.must_translate, chunk_bytes, transport.name, system
+        )
+        self._statistics = Statistics(system)
+        self._start()
+
+    def _start(self) -> None:
+        transport, poison = self.transport, self._poison
         poisoning = 0 if poison is None else 1 << spec.F_PAGE_POISON
         self.features = transport.negotiate(supported=FEATURES | poisoning)
         with transport.failing():
@@ -156,26 +188,54 @@ class Balloon:
             self.numbering = numbering.name
             self.queues = {which: transport.make_queue(number) for which, number in numbering.numbers.items()}
             self._inflateq, self._deflateq = self.queues[spec.INFLATEQ], self.queues[spec.DEFLATEQ]
-            self._source = PageSource(
-                transport.function.dma, transport.must_translate, chunk_bytes, transport.name, system
-            )
-            # Without page numbers nothing works: better to know before the device is live.
-            self._source.give_back(self._source.take())
-            least = min(self._inflateq.size, self._deflateq.size)
-            self._requests = Requests(transport.pool, min(REQUESTS, least), answer_limit)
-            if self.statsq is not None:
-                self._statistics = Statistics(system)
+            if self._requests is None:
+                # Without page numbers nothing works: better to know before the device is live.
+                self._source.give_back(self._source.take())
+                least = min(self._inflateq.size, self._deflateq.size)
+                self._requests = Requests(transport, min(REQUESTS, least), self._answer_limit)
                 self._statistics_buffer = transport.pool.allocate(self._statistics.size)
-            if spec.FREE_PAGE_VQ in self.queues:
                 self._command = transport.pool.allocate(4)
                 self._stop = transport.pool.allocate(4)
+            self._requests.forget()
             self._hint_id = spec.CMD_ID_STOP
             if transport.has(spec.F_PAGE_POISON) and poison is not None:
                 transport.config_write(spec.CONFIG["poison_val"], poison)
             transport.driver_ok()
+            self._refill()
             self._write_actual()
             if self.statsq is not None:
                 self._supply_statistics(self.statsq)
+
+    def _refill(self) -> None:
+        """A device that was reset knows of no page: tell it again which are in the balloon."""
+        assert self._requests is not None
+        with self._settling():
+            for chunk in self._chunks:
+                if chunk.inside:
+                    self._requests.send(self._inflateq, chunk.numbers[: chunk.inside])
+            self._requests.finish(self._inflateq)
+
+    def restart(self) -> None:
+        """Reset the device and start over with the same features; what is in the balloon stays there.
+
+        A page whose way in or out the device had not acknowledged is in the balloon afterwards.
+
+        Raises:
+            Refused, FeaturesRefused, DeviceViolation: it did not come back as it was.
+            TimeLimit, DeviceGone: it never left reset, or is gone.
+        """
+        self._kicks = self.kicks
+        features = self.features
+        self.transport.revive()
+        self.queues = {}
+        self._stuck = None
+        for chunk in self._chunks:
+            chunk.lent = 0
+            chunk.reported = chunk.hinted = len(chunk.numbers)
+        self._pages = sum(chunk.inside for chunk in self._chunks)
+        self._start()
+        self.transport.check_same(features)
+        self._trim()
 
     # How it stands.
 
@@ -212,12 +272,12 @@ class Balloon:
     @property
     def kicks(self) -> int:
         """Notifications sent to the device."""
-        return sum(queue.kicks for queue in self.queues.values())
+        return self._kicks + sum(queue.kicks for queue in self.queues.values())
 
     @property
     def requests(self) -> int:
         """Inflate and deflate requests so far."""
-        return self._requests.sent
+        return self._requests.sent if self._requests else 0
 
     @property
     def statsq(self) -> Virtqueue | None:
@@ -247,6 +307,7 @@ class Balloon:
         before = self.pages
         shortage: GuestpvError | None = None
         left = pages
+        assert self._requests is not None
         with self._settling():
             while left > 0 and shortage is None:
                 try:
@@ -279,6 +340,7 @@ class Balloon:
         self._check()
         left = pages = min(pages, self.pages)
         leaving: list[tuple[Chunk, int]] = []
+        assert self._requests is not None
         with self._settling():
             for chunk in reversed(self._chunks):
                 count = min(left, chunk.inside)
@@ -400,7 +462,7 @@ class Balloon:
     def _report(self, queue: Virtqueue, piece: DmaBuffer) -> None:
         queue.add(writable=[piece])
         queue.publish()
-        if not queue.wait(self._answer_limit):
+        if not patient_wait(self.transport, queue, self._answer_limit):
             raise TimeLimit(f"a report was not acknowledged for {self._answer_limit:g} s", where=queue.name)
         for _ in queue.completions():
             pass

@@ -452,14 +452,19 @@ class Blk:
 
     # The end.
 
-    def restart(self) -> None:
-        """Reset the device and start over with the same features. What is in flight ends as unknown.
+    def restart(self, *, settle: bool = True) -> None:
+        """Reset the device and start over. What is in flight ends as unknown.
+
+        Args:
+            settle: False where others used the queues, and know themselves what was in flight.
 
         Raises:
-            TimeLimit: the device never left reset.
+            Refused, FeaturesRefused, DeviceViolation: it did not come back as it was.
+            TimeLimit, DeviceGone: it never left reset, or is gone.
         """
-        self._settle("the device was reset")
-        self.transport.reset()
+        if settle:
+            self._settle("the device was reset")
+        self.transport.revive()
         self._forget()
         self._start()
 

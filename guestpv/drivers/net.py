@@ -82,7 +82,18 @@ class Net:
         rss: Rss | None = None,
     ) -> None:
         self.transport = transport
-        wanted = BASE_FEATURES | offloads | (ON_REQUEST & transport.feature_filter.required)
+        self.pairs: list[NetPort] = []
+        self.control: ControlQueue | None = None
+        self.mac = b""
+        self._queue_pairs, self._offloads, self._rss = queue_pairs, offloads, rss
+        self._start()
+        if started:
+            for port in self.pairs:
+                port.start()
+
+    def _start(self) -> None:
+        transport, queue_pairs = self.transport, self._queue_pairs
+        wanted = BASE_FEATURES | self._offloads | (ON_REQUEST & transport.feature_filter.required)
         if queue_pairs == 1:
             # Multi-queue would only move the control queue.
             wanted &= ~(mask((spec.F_MQ,)) & ~transport.feature_filter.required)
@@ -91,17 +102,33 @@ class Net:
             self.header_size = spec.header_dtype(self.features).itemsize
             self.config = NetConfig.read(transport)
             self._check_pairs(queue_pairs)
-            self.mac = self.config.mac or random_mac()
+            self.mac = self.config.mac or self.mac or random_mac()
             self.mtu = self.config.mtu or DEFAULT_MTU
             self.pairs = [NetPort(transport, number, self.mtu) for number in range(queue_pairs)]
-            self.control: ControlQueue | None = None
             if transport.has(spec.F_CTRL_VQ):
                 self.control = ControlQueue(transport, self.config, 2 * self.config.max_pairs, queue_pairs)
             transport.driver_ok()
-            self._steer(queue_pairs, rss)
-        if started:
-            for port in self.pairs:
-                port.start()
+            self._steer(queue_pairs, self._rss)
+
+    def restart(self) -> None:
+        """Reset the device and start over with the same features and queues, in the thread that calls.
+
+        Nobody may use the queue pairs meanwhile; frames that the device had are lost.
+        ``pairs`` and ``control`` are new ones; receive buffers are not handed out yet.
+
+        Raises:
+            Refused, FeaturesRefused, DeviceViolation: it did not come back as it was.
+            TimeLimit, DeviceGone: it never left reset, or is gone.
+        """
+        features = self.features
+        self.transport.revive()
+        while self.pairs:
+            self.pairs.pop().free(self.transport.pool)
+        if self.control is not None:
+            self.control.free()
+            self.control = None
+        self._start()
+        self.transport.check_same(features)
 
     # Set-up.
 

@@ -8,6 +8,7 @@ memory is still the device's.
 from __future__ import annotations
 
 import struct
+import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Final
@@ -23,6 +24,8 @@ from ..transport.base import Transport
 from .net_config import NetConfig
 
 TIME_LIMIT: Final = 10.0
+WAIT: Final = 0.5
+"""Seconds between looks at the device's status while an answer is awaited."""
 UNANSWERED: Final = 0xFF
 MODES: Final = {
     "promisc": spec.CTRL_RX_PROMISC,
@@ -168,7 +171,7 @@ class ControlQueue:
         """Take the outstanding answer; its length in bytes, 0 where none is outstanding."""
         if not self._unanswered:
             return 0
-        if not self.queue.wait(timeout):
+        if not self._wait(timeout):
             late = "was not answered within" if timeout else "is still not answered after"
             raise TimeLimit(
                 f"the control command {self._unanswered} {late} {self.timeout:g} s",
@@ -179,11 +182,24 @@ class ControlQueue:
         self._unanswered = ""
         return length
 
+    def _wait(self, timeout: float) -> bool:
+        deadline = time.monotonic() + timeout
+        while not self.queue.wait(min(WAIT, max(0.0, deadline - time.monotonic()))):
+            if time.monotonic() >= deadline:
+                return False
+            # A device that needs a reset answers nothing: no reason to wait for long.
+            self._transport.check_live()
+        return True
+
     def _room(self, size: int) -> DmaBuffer:
         if self._memory.nbytes < size:
             self._transport.pool.free(self._memory)
             self._memory = self._transport.pool.allocate(-(-size // 4096) * 4096)
         return self._memory
+
+    def free(self) -> None:
+        """Give its memory back. Only after the device was reset."""
+        self._transport.pool.free(self._memory)
 
     def _need(self, *bits: int) -> None:
         for bit in bits:

@@ -84,6 +84,11 @@ class Slab:
     def __getitem__(self, index: int) -> DmaBuffer:
         return self._buffers[index]
 
+    def free(self, pool: DmaPool) -> None:
+        """Give the buffers back. Only after the device was reset."""
+        while self._buffers:
+            pool.free(self._buffers.pop())
+
 
 class NetPort:
     """One receive and one transmit queue with their buffers, used by one thread at a time.
@@ -148,6 +153,11 @@ class NetPort:
         """Make the calling thread the owner of both queues."""
         self.rx.own()
         self.tx.own()
+
+    def free(self, pool: DmaPool) -> None:
+        """Give the buffers back. Only after the device was reset; the port is of no use any more."""
+        for slab in (self.rx_slab, self.tx_slab):
+            slab.free(pool)
 
     def start(self) -> None:
         """Hand every receive buffer to the device."""

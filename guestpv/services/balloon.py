@@ -10,9 +10,9 @@ from ..drivers.balloon import Balloon
 from ..drivers.balloon_pages import HUGE_BYTES
 from ..errors import DeviceViolation, GuestpvError, TimeLimit
 from ..spec import balloon as spec
-from ..spec.status import Status
 from ..system import SYSTEM, System
 from ..transport.base import Transport
+from .health import LOOK, Health
 from .pressure import Pressure
 
 STEP: Final = (16 << 20) >> spec.PAGE_SHIFT
@@ -72,6 +72,7 @@ class BalloonService:
         self._system = system
         self._rate = rate >> spec.PAGE_SHIFT
         self._closed = False
+        self._health = Health(transport)
         self._poison = 0 if transport.feature_filter.required >> spec.F_PAGE_POISON & 1 else None
         try:
             self.pressure = Pressure(system)
@@ -99,6 +100,18 @@ class BalloonService:
     def features(self) -> int:
         """Mask of the negotiated features."""
         return self.balloon.features
+
+    def restart(self) -> None:
+        """Reset the device and go on with what is in the balloon, towards the target as it is now.
+
+        Raises:
+            Refused, FeaturesRefused, DeviceViolation: the device did not come back as it was.
+            TimeLimit, DeviceGone: it never left reset, or is gone.
+        """
+        self.balloon.restart()
+        self.target = self.balloon.target
+        self._held = ""
+        self._last = self._snapshot()
 
     def watch(self, timeout: float, wake_fd: int | None = None) -> list[str]:
         """Look after the balloon for up to ``timeout`` seconds.
@@ -133,14 +146,16 @@ class BalloonService:
             left = deadline - self._system.monotonic()
             if events or left <= 0:
                 break
-            ready = self._system.poll(watched, 0 if busy else min(left, self._nap()))
+            ready = self._system.poll(watched, 0 if busy else min(left, self._nap(), LOOK))
             for fd, text in ((request, "release requested"), (error, "bus error")):
                 if fd is not None and fd in ready:
                     _clear(fd)
                     events.append(text)
             if events or (wake_fd is not None and wake_fd in ready):
                 break
-            if config is None or config in ready:
+            changed = config is None or config in ready
+            self._health.check(changed)
+            if changed:
                 if config is not None:
                     _clear(config)
                 self._look_at_device(events)
@@ -148,12 +163,6 @@ class BalloonService:
         return events
 
     def _look_at_device(self, events: list[str]) -> None:
-        if self.transport.status & Status.NEEDS_RESET:
-            raise DeviceViolation(
-                "the device set DEVICE_NEEDS_RESET: it met an error that it cannot recover from",
-                section="2.1.2",
-                where=self.transport.name,
-            )
         self.balloon.follow_hints()
         self._retarget(events)
 

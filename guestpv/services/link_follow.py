@@ -27,13 +27,18 @@ class LinkFollower:
     """
 
     def __init__(self, net: Net, tap: Tap) -> None:
-        self.state = net.state
         self._net = net
         self._tap = tap
         self._watch = LinkWatch(tap.ifindex)
-        self._view: LinkView | None = LinkView(tap.name, net.mac, tap.mtu)
         self._troubles: list[str] = []
         self._refused: dict[str, str] = {}
+        self.begin()
+
+    def begin(self) -> None:
+        """Device and link know nothing of each other yet: at first, and after a reset."""
+        net, tap = self._net, self._tap
+        self.state = net.state
+        self._view: LinkView | None = LinkView(tap.name, net.mac, tap.mtu)
         self._modes: dict[str, bool] = {}
         self._unicast: frozenset[bytes] = frozenset()
         tap.set_carrier(self.state.up)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import socket
@@ -16,7 +17,7 @@ from numpy.typing import NDArray
 from ..core._core import ffi, lib
 from ..drivers.blk import Blk
 from ..drivers.blk_queue import SLOT, STATUS
-from ..errors import AccessDenied, GuestpvError, Refused
+from ..errors import AccessDenied, GuestpvError, Refused, TimeLimit
 from ..memory import DmaBuffer
 from ..spec import features as feat
 from ..system import SYSTEM
@@ -27,6 +28,7 @@ ANSWER_LIMIT: Final = 10.0
 SLOTS: Final = 64
 BUFFER: Final = 64 << 10
 SOCKET_BUFFER: Final = 1 << 20
+PAUSE_LIMIT: Final = 10.0
 
 
 class Netlink:
@@ -126,11 +128,20 @@ class Export:
     Attributes:
         client: the kernel's end of the socket pair; close it once the kernel has it.
         largest: bytes of the longest read or write that it takes.
+
+    Args:
+        disk: the disk.
+        queue: which of its queues.
+        spin_us: look for completions and requests at most so long before sleeping.
+        keep: what is in flight when the device breaks the queue waits for ``resume``, or ``stop``; else it is
+            answered with errors at once.
     """
 
-    def __init__(self, disk: Blk, queue: int, *, spin_us: int = 0) -> None:
+    def __init__(self, disk: Blk, queue: int, *, spin_us: int = 0, keep: bool = False) -> None:
         requests = disk.queues[queue]
         self._requests = requests
+        self._disk, self._queue = disk, queue
+        self._spin_us, self._keep_requests = spin_us, keep
         pool = disk.transport.pool
         size = BUFFER if disk.limits.size_max >= BUFFER else disk.limits.size_max
         size = size // disk.block_size * disk.block_size
@@ -139,15 +150,32 @@ class Export:
                 f"size_max is {disk.limits.size_max}: one segment cannot hold a block of {disk.block_size}",
                 where=disk.transport.name,
             )
-        indirect = disk.transport.has(feat.F_INDIRECT_DESC)
-        room = requests.queue.size // (1 if indirect else 3)
-        count = max(1, min(SLOTS * BUFFER // size, room, lib.GPV_NBD_SLOTS))
+        count = max(1, min(SLOTS * BUFFER // size, self._room(), lib.GPV_NBD_SLOTS))
+        self._count, self._size = count, size
         self._data = pool.allocate(count * size, align=4096)
         self.largest = count * size
         self.client, self._server = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         for end in (self.client, self._server):
             end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SOCKET_BUFFER)
         self._stop = SYSTEM.eventfd()
+        self._kicks_before = 0
+        self._bound = True
+        self._export = lib.gpv_nbd_new(self._config())
+        if self._export == ffi.NULL:
+            raise MemoryError("no memory for an NBD export")
+        self._result: int | None = None
+        self._thread = self._make_thread()
+
+    def _make_thread(self) -> threading.Thread:
+        return threading.Thread(target=self._run, name=f"guestpv-nbd-{self._queue}", daemon=True)
+
+    def _room(self) -> int:
+        """Requests of three elements that the queue has room for."""
+        indirect = self._disk.transport.has(feat.F_INDIRECT_DESC)
+        return self._requests.queue.size // (1 if indirect else 3)
+
+    def _config(self) -> Any:
+        disk, requests, count, size = self._disk, self._requests, self._count, self._size
         self._keep: list[Any] = []
         headers = _rows(requests.memory, SLOT, count)
         config = ffi.new("struct gpv_nbd_config *")
@@ -165,12 +193,9 @@ class Export:
         for name, limits in (("discard", disk.limits.discard), ("zeroes", disk.limits.write_zeroes)):
             setattr(config, f"{name}_sectors", limits.max_sectors)
             setattr(config, f"{name}_ranges", 0 if limits.refusal else limits.max_ranges)
-        config.spin_ns = spin_us * 1000
-        self._export = lib.gpv_nbd_new(config)
-        if self._export == ffi.NULL:
-            raise MemoryError("no memory for an NBD export")
-        self._result: int | None = None
-        self._thread = threading.Thread(target=self._run, name=f"guestpv-nbd-{queue}", daemon=True)
+        config.spin_ns = self._spin_us * 1000
+        config.keep = self._keep_requests
+        return config
 
     def _array(self, array: NDArray[np.uint64]) -> Any:
         held = ffi.from_buffer("uint64_t[]", array)
@@ -178,9 +203,16 @@ class Export:
         return held
 
     def _run(self) -> None:
-        self._result = lib.gpv_nbd_run(self._export)
-        # The client has to learn that nobody serves it any more.
-        self._server.shutdown(socket.SHUT_RDWR)
+        result = lib.gpv_nbd_run(self._export)
+        kept = result == lib.GPV_NBD_PAUSED or (self._keep_requests and lib.GPV_NBD_ERRNO < result < 0)
+        if not kept:
+            self._hang_up()
+        self._result = result
+
+    def _hang_up(self) -> None:
+        """The client has to learn that nobody serves it any more."""
+        with contextlib.suppress(OSError):
+            self._server.shutdown(socket.SHUT_RDWR)
 
     def start(self) -> None:
         """Begin to serve."""
@@ -198,7 +230,7 @@ class Export:
             DeviceViolation: the device broke the queue.
             GuestpvError: the socket failed.
         """
-        if not self._result:
+        if not self._result or self._result == lib.GPV_NBD_PAUSED:
             return
         if self._result == lib.GPV_NBD_PROTOCOL:
             raise GuestpvError("the client does not speak NBD", where="NBD export")
@@ -207,6 +239,47 @@ class Export:
             raise GuestpvError(f"the NBD socket failed: {os.strerror(code)}", where="NBD export")
         self._requests.own()
         self._requests.queue._fail(self._result)
+
+    def pause(self, patience: float = PAUSE_LIMIT) -> None:
+        """Let go of the queue; what the client waits for is kept for ``resume`` or ``give_up``.
+
+        Raises:
+            TimeLimit: it does not end, because the client does not take its answers.
+        """
+        if self._thread.is_alive():
+            lib.gpv_nbd_pause(self._export)
+            os.eventfd_write(self._stop, 1)
+            self._thread.join(patience)
+            if self._thread.is_alive():
+                raise TimeLimit(f"the NBD connection did not pause within {patience:g} s", where="NBD export")
+        if self._bound:
+            self._kicks_before += self._kicks()
+            self._bound = False
+
+    def resume(self) -> None:
+        """Go on after ``pause`` and a restart of the disk: what is unanswered is given to it once more.
+
+        That is safe: a read, write, flush, discard or write zeroes that is done twice ends as if it was done
+        once, and as nothing was acknowledged nobody relies on an order.
+
+        Raises:
+            Refused: the disk came back with limits that are too small.
+        """
+        self._requests, self._bound = self._disk.queues[self._queue], True
+        disk, room = self._disk, self._room()
+        if disk.limits.size_max < self._size or self._size % disk.block_size or room < self._count:
+            raise Refused(
+                f"the disk came back with other limits: size_max {disk.limits.size_max}, blocks of "
+                f"{disk.block_size}, room for {room} requests; in use are {self._size} bytes and "
+                f"{self._count} requests",
+                where=disk.transport.name,
+            )
+        lib.gpv_nbd_rebind(self._export, self._config())
+        with contextlib.suppress(BlockingIOError):
+            os.eventfd_read(self._stop)
+        self._result = None
+        self._thread = self._make_thread()
+        self._thread.start()
 
     def resize(self, capacity: int) -> None:
         """The disk has ``capacity`` bytes now."""
@@ -217,17 +290,25 @@ class Export:
         live = lib.gpv_nbd_counters(self._export)
         names = (
             *("reads", "writes", "flushes", "discards", "zeroes", "errors", "bytes_read", "bytes_written"),
-            *("requests", "interrupts", "wakeups"),
+            *("requests", "resubmitted", "interrupts", "wakeups"),
         )
-        return {name: int(getattr(live, name)) for name in names} | {
-            "kicks": int(lib.gpv_kicks(self._requests.queue.handle))
-        }
+        kicks = self._kicks_before + (self._kicks() if self._bound else 0)
+        return {name: int(getattr(live, name)) for name in names} | {"kicks": kicks}
+
+    def _kicks(self) -> int:
+        queue = self._requests.queue
+        return int(lib.gpv_kicks(queue.handle)) if queue.handle else 0
 
     def stop(self, patience: float = 10.0) -> None:
-        """End the thread, answering what it has begun; a device that hangs is not waited for long."""
+        """End the thread, answering what it has begun: with errors, where the device is not done in time."""
         if self._thread.is_alive():
             os.eventfd_write(self._stop, 1)
             self._thread.join(patience)
+        with contextlib.suppress(TimeLimit):
+            self.pause()
+            # What is kept here nobody will take up any more.
+            lib.gpv_nbd_give_up(self._export)
+        self._hang_up()
 
     def close(self) -> None:
         """Free it; only after the device was reset."""

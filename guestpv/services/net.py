@@ -12,17 +12,14 @@ from ..core._core import ffi, lib
 from ..drivers.net import FILTERS, RECEIVE_OFFLOADS, SEND_OFFLOADS, Net
 from ..drivers.net_control import Rss
 from ..drivers.net_port import NetPort
-from ..errors import DeviceViolation, GuestpvError
-from ..spec.status import Status
+from ..errors import GuestpvError
 from ..system import SYSTEM
 from ..transport.base import Transport
+from .health import LOOK, Health
 from .link_follow import LinkFollower, speed_text
 from .tap import Tap, unsupported_offloads
 
 DEFAULT_NAME = "pv%d"
-LINK_POLL = 1.0
-"""Seconds between looks at the link state where no configuration interrupt announces a change."""
-
 
 COUNTERS = tuple(field for field, _ in ffi.typeof("struct gpv_pump_counters").fields)
 
@@ -131,6 +128,9 @@ class NetService:
         self._follower: LinkFollower | None = None
         self._last: dict[str, Any] = {}
         self._closed = False
+        self._poll = poll
+        self._health = Health(transport)
+        self._before: list[dict[str, int]] = []
         try:
             if poll:
                 transport.mode = "poll"
@@ -149,8 +149,7 @@ class NetService:
                 header_size=self.net.header_size,
                 features=self.net.features,
             )
-            for port, fd in zip(self.net.pairs, self._tap.fds, strict=True):
-                self.pumps.append(Pump(port, fd, spin=poll))
+            self._make_pumps()
             self._tap.up()
             self._follower = LinkFollower(self.net, self._tap)
             for pump in self.pumps:
@@ -158,6 +157,32 @@ class NetService:
         except BaseException:
             self.close()
             raise
+
+    def _make_pumps(self) -> None:
+        assert self._tap is not None
+        for port, fd in zip(self.net.pairs, self._tap.fds, strict=True):
+            self.pumps.append(Pump(port, fd, spin=self._poll))
+
+    def restart(self) -> None:
+        """Reset the device and go on with the same link; frames on their way are lost. Captures end.
+
+        Raises:
+            Refused, FeaturesRefused, DeviceViolation: the device did not come back as it was.
+            TimeLimit, DeviceGone: it never left reset, or is gone.
+        """
+        assert self._follower is not None
+        if self.pumps:
+            for pump in self.pumps:
+                pump.stop()
+            self._before = self._counters()
+        while self.pumps:
+            self.pumps.pop().close()
+        self.net.restart()
+        self._make_pumps()
+        self._follower.begin()
+        self._follower.link_changed()
+        for pump in self.pumps:
+            pump.start()
 
     @property
     def ifname(self) -> str:
@@ -212,7 +237,7 @@ class NetService:
         config, link = self.transport.config_fd, self._follower.fileno()
         request, error = self.transport.release_fds()
         fds = [fd for fd in (config, link, request, error, wake_fd) if fd is not None]
-        ready = SYSTEM.poll(fds, timeout if config is not None else min(timeout, LINK_POLL))
+        ready = SYSTEM.poll(fds, min(timeout, LOOK))
         events = []
         for fd, text in ((request, "release requested"), (error, "bus error")):
             if fd is not None and fd in ready:
@@ -222,24 +247,17 @@ class NetService:
         if config is not None and config in ready:
             with contextlib.suppress(BlockingIOError):
                 os.eventfd_read(config)
-        # With an interrupt for changes the registers are left alone until it comes: each look is an exit.
-        if not events and (config is None or config in ready):
-            self._check_device()
-            events += self._follower.device_changed()
+        # With an interrupt for changes the configuration is left alone until it comes: each look is an exit.
+        changed = config is None or config in ready
+        if not events:
+            self._health.check(changed)
+            events += self._follower.device_changed() if changed else []
         if link in ready:
             events += self._follower.link_changed()
         events += self._follower.troubles()
         for pump in self.pumps:
             pump.check()
         return events, wake_fd in ready
-
-    def _check_device(self) -> None:
-        if self.transport.status & Status.NEEDS_RESET:
-            raise DeviceViolation(
-                "the device set DEVICE_NEEDS_RESET: it met an error that it cannot recover from",
-                section="2.1.2",
-                where=self.transport.name,
-            )
 
     def stats(self) -> dict[str, Any]:
         """Counters in all and for every queue pair; after ``close`` the last ones.
@@ -249,7 +267,7 @@ class NetService:
         """
         if self._closed:
             return self._last
-        queues = [pump.counters() for pump in self.pumps]
+        queues = self._counters()
         names = ("packets", "bytes", "dropped", "interrupts", "kicks")
         return {
             "mode": self.transport.mode,
@@ -259,6 +277,17 @@ class NetService:
             **{way: {n: sum(q[f"{way}_{n}"] for q in queues) for n in names} for way in ("rx", "tx")},
             "queues": queues,
         }
+
+    def _counters(self) -> list[dict[str, int]]:
+        """Of every queue pair since the start, restarts included."""
+        live = [pump.counters() for pump in self.pumps]
+        if not self._before or not live:
+            return live or self._before
+        now = ("rx_outstanding", "tx_outstanding", "rx_size", "tx_size")
+        return [
+            {name: value + (0 if name in now else old[name]) for name, value in queue.items()}
+            for queue, old in zip(live, self._before, strict=True)
+        ]
 
     def capture(self, fd: int) -> None:
         """Send a copy of every frame to this socket until its other end closes (``services.capture``).
@@ -281,7 +310,7 @@ class NetService:
                 stack.callback(self._follower.close)
             for pump in self.pumps:
                 pump.stop()
-            if self.pumps and self._tap is not None:
+            if (self.pumps or self._before) and self._tap is not None:
                 self._last = self.stats()
             self._closed = True
             for pump in self.pumps:

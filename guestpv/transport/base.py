@@ -226,6 +226,47 @@ class Transport(ABC):
             raise DeviceGone("device_status reads 0xff: the function is gone", where=self.name)
         return Status(value)
 
+    def check_live(self) -> None:
+        """See that the device is what the driver made of it: live, and not in need of a reset.
+
+        Raises:
+            DeviceViolation: DEVICE_NEEDS_RESET is set (2.1.2), or DRIVER_OK is not any more: somebody else
+                reset the device, or its registers read as zeros because it is gone.
+            DeviceGone: the function is gone.
+        """
+        status = self.status
+        if status & Status.NEEDS_RESET:
+            raise DeviceViolation(
+                "the device set DEVICE_NEEDS_RESET: it met an error that it cannot recover from",
+                section="2.1.2",
+                where=self.name,
+            )
+        if not status & Status.DRIVER_OK:
+            raise DeviceViolation(
+                f"device_status reads {int(status):#04x} although the driver set DRIVER_OK: somebody else "
+                "reset the device, or it is gone",
+                section="2.1.2",
+                where=self.name,
+            )
+
+    def revive(self) -> None:
+        """Reset a device that was live, whatever became of it, so that it can be negotiated again.
+
+        Queues are closed once the device is quiet; what was in flight is the driver's to do again.
+
+        Raises:
+            TimeLimit, DeviceGone: as ``reset``.
+        """
+        self.reset()
+
+    def check_same(self, features: int) -> None:
+        """Raise Refused unless exactly these features were negotiated this time, too."""
+        if self.features != features:
+            names = " ".join(feat.feature_names(self.device_type, self.features ^ features))
+            raise Refused(
+                f"the device came back with other features; the difference is {names}", where=self.name
+            )
+
     def _advance(self, bit: Status) -> None:
         self._state.status |= bit
         self.write_status(int(self._state.status))

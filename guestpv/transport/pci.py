@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 
-from ..errors import DeviceViolation, GuestpvError, Refused, UsageError
+from ..errors import DeviceGone, DeviceViolation, GuestpvError, Refused, UsageError
 from ..memory import DmaPool
 from ..pci.capabilities import VirtioCapability, first, require_virtio, virtio_capabilities
 from ..pci.function import PciFunction
@@ -45,10 +45,7 @@ class PciTransport(Transport):
         common = self._structure(CfgType.COMMON, spec.COMMON_CFG_MIN_LENGTH)
         notify = self._structure(CfgType.NOTIFY, 2)
         isr = self._structure(CfgType.ISR, 1)
-        command = function.config_read(spec.PCI_CONFIG_COMMAND, 2)
-        function.config_write(
-            spec.PCI_CONFIG_COMMAND, 2, command | spec.COMMAND_MEMORY | spec.COMMAND_BUS_MASTER
-        )
+        self._enable_function()
         self.common = RegisterBlock(function.bar(common.bar), common.offset, common.length, spec.COMMON_CFG)
         self._isr = RegisterBlock(function.bar(isr.bar), isr.offset, isr.length, ISR_LAYOUT)
         self._notify = notify
@@ -66,6 +63,33 @@ class PciTransport(Transport):
         self._config_fd: int | None = None
         self._own_fds: list[int] = []
         self._sinks: list[int] = []
+
+    def _enable_function(self) -> None:
+        command = self.function.config_read(spec.PCI_CONFIG_COMMAND, 2)
+        self.function.config_write(
+            spec.PCI_CONFIG_COMMAND, 2, command | spec.COMMAND_MEMORY | spec.COMMAND_BUS_MASTER
+        )
+
+    def check_live(self) -> None:
+        try:
+            super().check_live()
+        except DeviceGone:
+            self._check_function()
+            raise
+
+    def _check_function(self) -> None:
+        """Registers read as all ones: because the function is gone, or because a reset made it deaf?"""
+        read = self.function.config_read
+        if read(0, 2) != 0xFFFF and not read(spec.PCI_CONFIG_COMMAND, 2) & spec.COMMAND_MEMORY:
+            raise DeviceViolation(
+                "memory decoding is off in the command register: somebody else reset the function",
+                where=self.name,
+            )
+
+    def revive(self) -> None:
+        # A reset of the whole function, if that is what it went through, takes these bits away as well.
+        self._enable_function()
+        super().revive()
 
     def _structure(self, kind: CfgType, least: int) -> VirtioCapability:
         name = self.function.name

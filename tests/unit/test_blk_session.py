@@ -44,11 +44,15 @@ class FakeService:
         counters = dict.fromkeys((*names, "requests", "interrupts", "wakeups", "kicks"), 3)
         return {"mode": "msix", "capacity": 1 << 20, **counters, "queues": [counters]}
 
-    def settle(self) -> None:
+    def settle(self) -> bool:
         log.append("settle")
         if FakeService.busy:
             FakeService.busy -= 1
             raise Refused("/dev/nbd7 is in use: mounted", hint="umount /dev/nbd7")
+        return True
+
+    def restart(self) -> None:
+        log.append("restart")
 
     def close(self) -> None:
         log.append("close")
@@ -89,7 +93,7 @@ def test_up_and_down() -> None:
     one.run(down_at_once, lambda status: None)
     ((thread, answers),) = threads
     thread.join(60)
-    assert log[0] == "service [('index', 7), ('poll', True), ('queues', 2)]"
+    assert log[0] == "service [('index', 7), ('poll', True), ('queues', 2), ('restarts', False)]"
     assert log[-2:] == ["settle", "close"]
     assert answers == [{"name": "nbd7", "function": "loopback:blk", "driver": None}]
     assert said == ["/dev/nbd7 is up: 1048576 bytes", "going down: guestpv blk down"]
