@@ -162,6 +162,8 @@ class NetPort:
     def start(self) -> None:
         """Hand every receive buffer to the device."""
         self._open()
+        # Sent frames are taken back when the next one needs their room.
+        self.tx.disable_interrupts()
         self.check(lib.gpv_port_start(self.handle))
 
     def check(self, code: int) -> int:
