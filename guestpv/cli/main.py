@@ -24,6 +24,7 @@ VERBS: Final = {
     "balloon": ("balloon:balloon", "Lend memory to the host through a balloon."),
     "serve": ("serve:serve", "Put a device model on a socket for QEMU to attach."),
     "blk": ("blk:blk", "Drive a disk as a block device, or directly."),
+    "compare": ("compare:compare", "Measure what a packet and a block cost, driver by driver."),
     "ring-picture": ("ring_picture:ring_picture", "Draw a virtqueue in a state worth explaining."),
     "explain": ("explain:explain", "Explain a step, feature, register or requirement."),
     "vectors": ("vectors:vectors", "Test vectors for drivers in other languages."),

@@ -1,5 +1,6 @@
 """./tools/guest: build the guest, run a command in it, or get a prompt there."""
 
+import json
 import os
 import select
 import shutil
@@ -130,6 +131,36 @@ def shell(devices: tuple[str, ...], timeout: float, quiet: bool, **options: Any)
             _converse(process)
         status = process.wait(60).status
     sys.exit(_exit_status(status))
+
+
+@main.command()
+@click.option("--kernel", type=click.Choice(list(kernels.SUITES)), default="6.1", show_default=True)
+@click.option("--accel", type=click.Choice(["auto", "kvm", "tcg"]), default="auto", show_default=True)
+@click.option("--count", type=click.IntRange(1), default=500, show_default=True, help="Operations timed.")
+@click.option("--lone", type=click.IntRange(1), default=30, show_default=True, help="Operations counted.")
+@click.option("--plot", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE",
+              help="Draw the table, as SVG.")  # fmt: skip
+@click.option(
+    "--json", "as_json", is_flag=True, help="The rows of `guestpv compare --json`, with exact counts."
+)
+def compare(kernel: str, accel: str, count: int, lone: int, plot: Path | None, as_json: bool) -> None:
+    """What a packet and a block cost through e1000, AHCI, IDE and virtio, by the kernel's drivers and ours.
+
+    Boots a guest with all of them, runs `guestpv compare` in it, and counts the register accesses of every
+    driver in QEMU's trace: each of them is an exit to the hypervisor where there is KVM.
+    """
+    from guestpv.cli.compare_view import picture, show
+    from guestvm.comparison import compared
+
+    rows, about = compared(kernel, count, lone, Progress(), accel)
+    if plot is not None:
+        plot.write_text(picture(rows))
+    if as_json:
+        data = {"rows": rows, "left_out": [], "machine": about}
+        click.echo(json.dumps({"schema": "guestpv.compare/1", "ok": True, "data": data, "error": None}))
+    else:
+        show(rows, [])
+        click.echo(f"\nMeasured on {about}.")
 
 
 def _exit_status(status: int) -> int:
