@@ -1,18 +1,14 @@
-"""A network device in the hands of a case: ports with rings by hand, packets, commands, and the wire."""
+"""A network device in the hands of a case: ports with rings by hand, packets, and commands."""
 
 from __future__ import annotations
 
 import struct
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import pytest
 
-from ..devices.function import SoftwareFunction
-from ..devices.models.packet import Packet
 from ..memory import DmaBuffer
-from ..pci.qtest import QtestFunction
 from ..spec import features as ft
 from ..spec import net
 from .queue import Queue
@@ -24,6 +20,7 @@ BROADCAST = b"\xff" * 6
 MULTICAST = bytes.fromhex("01005e000001")
 STRANGER = bytes.fromhex("525400 dead01")
 ROOM = 2048
+SHOWN = 32
 
 
 def frame(target: bytes = BROADCAST, size: int = 60, *, vlan: int | None = None, mark: int = 0) -> bytes:
@@ -179,6 +176,37 @@ class Ports:
         self._early[pair] += found[1:]
         return found[0]
 
+    def gather(self, count: int, pair: int = 0) -> list[Arrival]:
+        """Wait for ``count`` packets, and take those that come with them.
+
+        Raises:
+            AssertionError: fewer came.
+        """
+        found: list[Arrival] = []
+
+        def came() -> bool:
+            found.extend(self.arrivals(pair))
+            return len(found) >= count
+
+        self.rig.wait(came, f"{count} packets in receive queue {pair + 1}")
+        return found
+
+    def anywhere(self, count: int = 1) -> list[list[Arrival]]:
+        """Wait until ``count`` packets are in any of the receive queues; those of each pair.
+
+        Raises:
+            AssertionError: fewer came.
+        """
+        found: list[list[Arrival]] = [[] for _ in self.rx]
+
+        def came() -> bool:
+            for pair, here in enumerate(found):
+                here.extend(self.arrivals(pair))
+            return sum(map(len, found)) >= count
+
+        self.rig.wait(came, f"{count} packets in any receive queue")
+        return found
+
     def nothing(self, pair: int = 0) -> None:
         """Nothing may have come.
 
@@ -187,7 +215,25 @@ class Ports:
         """
         self.rig.settle()
         found = self.arrivals(pair)
-        assert not found, f"a packet arrived in receive queue {pair + 1}: {found[0].data.hex()}"
+        assert not found, (
+            f"a packet of {len(found[0].data)} bytes arrived in receive queue {pair + 1}: "
+            f"{found[0].data[:SHOWN].hex()}"
+        )
+
+    def forget(self, pair: int) -> None:
+        """The queue was reset: what was in it is nobody's any more."""
+        self._posted[pair].clear()
+        self._early[pair].clear()
+
+    def no_promiscuity(self) -> None:
+        """Turn promiscuous and all-multicast mode off: how a device begins is its own affair.
+
+        The case is skipped without CTRL_RX.
+        """
+        if not self.features >> net.F_CTRL_RX & 1:
+            pytest.skip("CTRL_RX is not offered")
+        for mode in (net.CTRL_RX_PROMISC, net.CTRL_RX_ALLMULTI):
+            assert self.command(net.CTRL_RX, mode, b"\0")[0] == net.CTRL_OK, f"RX command {mode} is refused"
 
     def send(self, data: bytes, pair: int = 0, **fields: int) -> int:
         """Send a frame with these fields in its header and wait for it. Returns the used length."""
@@ -211,43 +257,3 @@ class Ports:
         ack = self.rig.buffer(1 + into, b"\xee")
         length = self.control.run(readable, [ack])
         return int(ack.array[0]), length
-
-
-class Wire:
-    """The other end of the cable, where the scheme gives one."""
-
-    def __init__(self, rig: Rig) -> None:
-        self._rig = rig
-        self._inner = rig.function.inner
-        self.sent: list[Packet] = []
-        if isinstance(self._inner, SoftwareFunction):
-            self._inner.model.peer = self.sent.append
-
-    @property
-    def model(self) -> Any:
-        """The model of our own device half; else the case ends NOT_OBSERVABLE."""
-        if not isinstance(self._inner, SoftwareFunction):
-            self._rig.case.not_observable("nobody here holds the other end of the cable")
-        return self._inner.model
-
-    def deliver(self, packet: bytes | Packet) -> None:
-        """Let a packet arrive."""
-        self._rig.case.note(
-            f"# a packet of {len(packet if isinstance(packet, bytes) else packet.data)} bytes arrives"
-        )
-        self.model.deliver(packet)
-
-    def take(self) -> list[Packet]:
-        """Packets that the device has sent since the last call."""
-        assert self.model
-        found, self.sent[:] = list(self.sent), []
-        return found
-
-    def prompt(self, ports: Ports) -> None:
-        """Let any packet arrive: from the cable's other end, or an answer of QEMU's user network to ARP."""
-        if not isinstance(self._inner, QtestFunction):
-            self.deliver(frame())
-            return
-        mac = bytes(self._rig.transport.read_config(at, 1) for at in range(6))
-        arp = struct.pack(">HHBBH", 1, 0x0800, 6, 4, 1) + mac + bytes([10, 0, 2, 15]) + bytes(6)
-        ports.send(BROADCAST + mac + b"\x08\x06" + arp + bytes([10, 0, 2, 2]) + bytes(18))

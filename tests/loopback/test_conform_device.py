@@ -51,7 +51,7 @@ def report(*words: str) -> dict[str, Any]:
         "loopback:blk?size=1M&zoned=64K&conventional=1&max_open=3&max_active=4&max_append=8K&granularity=1K"
         "&read_only_zones=1&offline_zones=1",
         "loopback:blk?size=1M&zoned=64K&aware=on",
-        "loopback:net?packed=on&notification_data=on&multiplier=0",
+        "loopback:net?packed=on&notification_data=on&multiplier=0&pairs=2&mtu=1400&offer=%2Brss,%2Bhash_report",
         "loopback:balloon?packed=on",
     ],
 )

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from guestpv.conformance import net_steering as steering
 from guestpv.devices.loopback import open_function
 from guestpv.devices.models.net import Net as NetModel
 from guestpv.devices.models.net_hash import toeplitz
@@ -221,12 +222,15 @@ def test_hashes_are_delivered_with_the_frames(bench: Callable[..., Bench]) -> No
         ("24.19.198.95:12898", "12.22.207.184:38024", 0x5C2B394A, 0xD2D0A5DE),
     ],
 )
-def test_the_models_hash_is_the_published_one(source: str, target: str, ports: int, plain: int) -> None:
+def test_the_models_hash_and_the_suites_are_the_published_one(
+    source: str, target: str, ports: int, plain: int
+) -> None:
     """Values of the RSS verification suite; the tests above lean on this hash."""
     ends = [end.split(":") for end in (source, target)]
     addresses = b"".join(bytes(map(int, host.split("."))) for host, _ in ends)
-    assert toeplitz(KEY, addresses) == plain
-    assert toeplitz(KEY, addresses + b"".join(int(port).to_bytes(2, "big") for _, port in ends)) == ports
+    assert toeplitz(KEY, addresses) == steering.toeplitz(KEY, addresses) == plain
+    whole = addresses + b"".join(int(port).to_bytes(2, "big") for _, port in ends)
+    assert toeplitz(KEY, whole) == steering.toeplitz(KEY, whole) == ports
 
 
 # The other classes.

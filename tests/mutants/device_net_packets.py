@@ -448,3 +448,15 @@ def all_pairs_at_once(function: SoftwareFunction) -> None:
 def announces_for_ever(function: SoftwareFunction) -> None:
     """ANNOUNCE_ACK does not clear the bit."""
     function.model.acknowledge_announce = lambda: None  # type: ignore[attr-defined]
+
+
+@mutant("DEV-NET-06", spec=MANY)
+def the_mtu_is_for_sending(function: SoftwareFunction) -> None:
+    """Frames of any length arrive."""
+    function.model._too_long = lambda packet: False  # type: ignore[attr-defined]
+
+
+@mutant("DEV-NET-70", spec=NET)
+def all_checksums_are_valid(function: SoftwareFunction) -> None:
+    """DATA_VALID is set without a look at the checksum."""
+    header(function, FLAGS, lambda flags: flags | net.HDR_F_DATA_VALID)

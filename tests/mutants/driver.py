@@ -17,7 +17,15 @@ from guestpv.conformance.driver.rulebook import REASONS
 from guestpv.conformance.driver.rules import RULES
 from guestpv.conformance.verdict import Verdict
 
-from . import driver_balloon, driver_blk, driver_common, driver_net, driver_pci, driver_ring
+from . import (
+    driver_balloon,
+    driver_blk,
+    driver_common,
+    driver_net,
+    driver_net_packets,
+    driver_pci,
+    driver_ring,
+)
 from .driver_bench import WALKS, Walk
 from .driver_patched import PATCHED, Patched
 
@@ -30,6 +38,7 @@ __all__ = [
     "driver_blk",
     "driver_common",
     "driver_net",
+    "driver_net_packets",
     "driver_pci",
     "driver_ring",
 ]

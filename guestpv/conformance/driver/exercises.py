@@ -14,22 +14,21 @@ from ...devices.models.blk import Blk as BlkModel
 from ...devices.ring import Chain
 from ...drivers.balloon import Balloon
 from ...drivers.blk import Blk
-from ...drivers.net import Net
 from ...drivers.rng import Rng
 from ...errors import GuestpvError
 from ...spec import balloon as balloon_spec
 from ...spec import blk as blk_spec
 from ...spec import features as ft
-from ...spec import net as net_spec
 from ...spec import pci
 from ...spec.rng import REQUESTQ
 from ...system import SYSTEM
 from ...transport.base import Transport
+from .exercises_net import net, net_links, net_steered
+from .outcome import Broken
 from .rules import Watch, presented
 
 PAGES: Final = 0x102
 """A number that reads otherwise in the wrong byte order."""
-FRAMES: Final = 40
 BLOCK: Final = 4096
 MANY: Final = 0x10000 + 1000
 
@@ -43,35 +42,12 @@ presented("DRV-SPLIT-19", "DRV-SPLIT-52", "DRV-PACKED-36", "DRV-PACKED-37", need
 LENGTHS: Final = ("DRV-SPLIT-20", "DRV-SPLIT-51", "DRV-SPLIT-54")
 
 
-class Broken(Exception):
-    """The driver gave its user something wrong."""
-
-
 def rng(transport: Transport, watch: Watch, patience: float) -> None:
     """Read random bytes, more often than the ring has entries."""
     with Rng(transport) as driver:
         for size in (1, 16, 4096, *[32] * 40):
             if len(driver.read(size, patience)) != size:
                 raise Broken("the entropy driver returned too few bytes")
-
-
-def net(transport: Transport, watch: Watch, patience: float) -> None:
-    """Send frames of many lengths to a peer that sends them back."""
-    with Net(transport) as driver:
-        mtu = watch.device.model.config["mtu"] if transport.has(net_spec.F_MTU) else 1500
-        assert isinstance(mtu, int)
-        frames = [bytes(6) + bytes([n]) * min(8 + 37 * n, 8 + mtu) for n in range(1, FRAMES)]
-        came: list[bytes] = []
-        for frame in frames:
-            driver.send([frame])
-            back = driver.receive_within(patience)
-            if not back:
-                raise Broken(f"a frame of {len(frame)} bytes did not come back")
-            came += back
-        _ = driver.state
-        watch.settle()
-        if came != frames:
-            raise Broken(f"{len(frames)} frames were sent, {len(came)} came back, or others")
 
 
 def blk(transport: Transport, watch: Watch, patience: float) -> None:
@@ -300,6 +276,8 @@ def queue_reset(transport: Transport, watch: Watch, patience: float) -> None:
 EXERCISES: Final[dict[str, Exercise]] = {
     "rng": rng,
     "net": net,
+    "net links": net_links,
+    "net steered": net_steered,
     "blk": blk,
     "balloon": balloon,
     "ring": ring,

@@ -166,7 +166,6 @@ to_send("DRV-NET-28", when=without(net.F_HOST_UFO))
 to_send("DRV-NET-30", when=without(net.F_HOST_USO))
 to_send("DRV-NET-50", "DRV-NET-51", when=with_gso)
 to_send("DRV-NET-48", when=with_checksum)
-to_send("DRV-NET-103", when=lambda w, e, chain: transmits(w, e, chain) and w.has(net.F_MQ))
 
 
 def receives(watch: Watch, event: Event, chain: Chain) -> bool:
@@ -271,7 +270,7 @@ def extra_modes(watch: Watch, event: Event, chain: Chain) -> Answer:
 
 @rule(
     *("DRV-NET-105", "DRV-NET-106", "DRV-NET-107", "DRV-NET-108", "DRV-NET-109", "DRV-NET-110"),
-    *("DRV-NET-193", "DRV-NET-196", "DRV-NET-197", "DRV-NET-198"),
+    *("DRV-NET-193", "DRV-NET-194", "DRV-NET-196", "DRV-NET-197", "DRV-NET-198"),
     on="pop",
     needs="ring",
 )
@@ -305,8 +304,16 @@ def steering(watch: Watch, event: Event, chain: Chain) -> Answers:
         "DRV-NET-193": True,
         "DRV-NET-108": f"a table of {mask + 1}" if mask + 1 & mask else True,
         "DRV-NET-109": f"indirection_table_mask {mask}" if mask >= TABLE_MOST else True,
+        "DRV-NET-194": reserved_bits(data[6 : key - 2]),
     }
     return answers
+
+
+def reserved_bits(data: bytes) -> Answer:
+    """Receive queue ids leave bit 15 alone."""
+    words = [int.from_bytes(data[at : at + 2], "little") for at in range(0, len(data), 2)]
+    wrong = [word for word in words if word >> 15]
+    return f"receive queue id {wrong[0]:#06x}" if wrong else True
 
 
 @rule("DRV-NET-97", on=("interrupt configuration change", "pop", "settled"), needs="ring")

@@ -22,6 +22,8 @@ from .scenarios import Scenario
 
 RANK = (Verdict.FAIL, Verdict.PASS, Verdict.NOT_EXERCISED, Verdict.NOT_OBSERVABLE, Verdict.SKIP)
 MOST_FINDINGS = 5
+PLAIN = ("net", "net links", "net steered", "many")
+"""Exercises that the observing build is too slow for, or that do not use its calls."""
 
 
 @dataclass
@@ -81,7 +83,7 @@ class Run:
 
 def _transport(function: SoftwareFunction, exercise: str) -> PciTransport:
     """On the observing build; but the network driver's bursts run in the ordinary one."""
-    return PciTransport(cast(PciFunction, function)) if exercise in ("net", "many") else observe(function)
+    return PciTransport(cast(PciFunction, function)) if exercise in PLAIN else observe(function)
 
 
 def loopback(

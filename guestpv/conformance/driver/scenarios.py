@@ -7,12 +7,16 @@ from dataclasses import dataclass, field
 from itertools import combinations
 from typing import Final
 
+import numpy as np
+
 from ...devices.function import SoftwareFunction
 from ...devices.looks import ORDER, Looks, reserved_bar, reserved_type
+from ...devices.models.net import Net
 from ...devices.packed import PackedRing
 from ...devices.split import SplitRing
 from ...errors import UsageError
 from ...spec import features as ft
+from ...spec import net
 from ...spec.ring import DESC_F_NEXT
 from ...spec.status import Status
 from .rules import Watch
@@ -211,6 +215,61 @@ def unknown_features(watch: Watch) -> None:
     offer(watch, ft.mask((foreign, 26, 44, 100)))
 
 
+def stray(**fields: int) -> Provoke:
+    """Leave these values in the header of received packets."""
+
+    def change(header: bytes) -> bytes:
+        whole = np.frombuffer(header, net.header_dtype(0), 1).copy()
+        for name, value in fields.items():
+            whole[name] |= value
+        return whole.tobytes() + header[whole.nbytes :]
+
+    def provoke(watch: Watch) -> None:
+        model = watch.device.model
+        assert isinstance(model, Net)
+        model.stray = change
+
+    return provoke
+
+
+def network() -> Iterator[Scenario]:
+    """Scenarios that are for network devices only."""
+    for name, title, fields, requirement in (
+        ("unknown-flags", "flags that nobody knows", {"flags": 0x80}, "DRV-NET-74"),
+        (
+            "stray-checksum",
+            "csum_start and csum_offset without NEEDS_CSUM",
+            {"csum_start": 9, "csum_offset": 3},
+            "DRV-NET-77",
+        ),
+        ("wrong-hdr-len", "an hdr_len beyond the packet", {"hdr_len": 0xFFFF}, "DRV-NET-79"),
+    ):
+        yield Scenario(
+            name,
+            f"Received packets have {title}",
+            ("net",),
+            provoke=stray(**fields),
+            exercise="net",
+            right=(requirement,),
+        )
+    yield Scenario(
+        "merged-packets",
+        "Packets take several receive buffers",
+        ("net",),
+        params={"mtu": "9000"},
+        exercise="net",
+        right=("DRV-NET-184",),
+    )
+    yield Scenario("link-states", "The link's state takes every form", ("net",), exercise="net links")
+    yield Scenario(
+        "steered",
+        "Two pairs of queues with RSS and reported hashes",
+        ("net",),
+        params={"pairs": "2", "offer": "+rss,+hash_report"},
+        exercise="net steered",
+    )
+
+
 def _scenarios() -> Iterator[Scenario]:
     yield Scenario("plain", "A device that does nothing special")
     for number, row in enumerate(pairwise(RING_FEATURES), 1):
@@ -382,6 +441,7 @@ def _scenarios() -> Iterator[Scenario]:
         provoke=spoiled_used_descriptors,
         right=("DRV-PACKED-36", "DRV-PACKED-37"),
     )
+    yield from network()
     for kind, rows in LIMITS.items():
         for number, params in enumerate(rows, 1):
             yield Scenario(

@@ -10,13 +10,25 @@ from functools import partial
 from ...errors import UsageError
 from ...spec import features as ft
 from ...spec import net
-from ..evidence import DriverFault
+from ..evidence import DriverFault, Event
 from ..model import DEFAULT_QUEUE_SIZE, Model
 from ..queue import DeviceQueue
 from ..ring import Chain
 from .net_control import Control
 from .net_hash import KEY_MOST, TABLE_MOST, TYPES, hash_of
-from .packet import ETHERNET, IPV6, Flow, Packet, cuttable, flow, network_header, reverse, segments
+from .packet import (
+    ETHERNET,
+    IPV6,
+    VLAN_TAG,
+    Flow,
+    Packet,
+    cuttable,
+    flow,
+    network_header,
+    reverse,
+    segments,
+    vlan_id,
+)
 
 HEADER = struct.Struct("<BBHHHHH")
 BASE = 12
@@ -60,6 +72,7 @@ class Net(Model):
     Attributes:
         peer: where transmitted packets go; None drops them.
         control: state behind the control queue.
+        stray: what becomes of the header of a packet for the driver; leaves it as it is.
         unplug: called when the function is closed.
         sent, received, dropped, filtered: packets by the driver, to the driver, lost for lack of room or
             link, kept away by the receive filter.
@@ -109,6 +122,7 @@ class Net(Model):
         self._spare: dict[int, list[Chain]] = {}
         self._flows: dict[Flow, int] = {}
         self.control = Control(self)
+        self.stray: Callable[[bytes], bytes] = bytes
         self.unplug: Callable[[], None] = lambda: None
 
     # Queues (5.1.2)
@@ -189,6 +203,11 @@ class Net(Model):
         assert isinstance(status, int)
         return status
 
+    @property
+    def waiting(self) -> list[Packet]:
+        """Packets that have no receive buffers yet."""
+        return [packet for waiting in self._backlog.values() for packet in waiting]
+
     def set_link(self, up: bool) -> None:
         """Plug or unplug the cable: with STATUS the driver is notified."""
         status = self._status & ~net.S_LINK_UP | (net.S_LINK_UP if up else 0)
@@ -220,8 +239,9 @@ class Net(Model):
             fault = DriverFault("DRV-NET-178", f"transmit buffer of {len(data)} bytes, header {size}")
             self.device.fault(fault, queue.where)
             return
-        if queue.index // 2 >= self.control.pairs:
-            self.device.find("DRV-NET-103", f"packet on transmitq{queue.index // 2 + 1}", queue.where)
+        most, rule = self.control.transmits
+        if queue.index // 2 >= most:
+            self.device.find(rule, f"packet on transmitq{queue.index // 2 + 1} of {most}", queue.where)
         packet = self._parse(queue, data[:size], data[size:])
         if packet is not None:
             self.sent += 1
@@ -295,7 +315,7 @@ class Net(Model):
             return
         for part in self._adapted(packet):
             queue = self._steer(part)
-            if queue is None:
+            if queue is None or self._too_long(part):
                 self.dropped += 1
                 continue
             waiting = self._backlog.setdefault(queue.index, deque())
@@ -317,6 +337,15 @@ class Net(Model):
                 keep = 0
             return [packet] if keep else list(segments(packet))
         return [packet if offloads >> net.F_GUEST_CSUM & 1 else packet.checksummed()]
+
+    def _too_long(self, packet: Packet) -> bool:
+        """Whether a packet exceeds the MTU that was negotiated (5.1.4.1)."""
+        if packet.gso_type or not self.has(net.F_MTU):
+            return False
+        mtu = self.config["mtu"]
+        assert isinstance(mtu, int)
+        tag = 0 if vlan_id(packet.data) is None else VLAN_TAG
+        return len(packet.data) > mtu + ETHERNET + tag
 
     def _steer(self, packet: Packet) -> DeviceQueue | None:
         """The receive queue for a packet: the flow's own, else any that is enabled."""
@@ -340,16 +369,20 @@ class Net(Model):
             size = self.header_size + len(waiting[0].data)
             if not self._gather(queue, spare, size):
                 if self.device.running and len(spare) >= queue.size:
-                    waiting.popleft()
-                    self.dropped += 1
+                    self._no_room(queue, waiting.popleft())
                     continue
                 return
             packet = waiting.popleft()
             if sum(chain.writable_bytes for chain in spare) < size:
-                self.dropped += 1
+                self._no_room(queue, packet)
                 continue
             self._put(queue, spare, packet)
         queue.rearm()
+
+    def _no_room(self, queue: DeviceQueue, packet: Packet) -> None:
+        """Drop a packet that the receive buffers are too small for."""
+        self.dropped += 1
+        self.device.journal.record(Event("drop", "packet", value=len(packet.data), queue=queue.index), packet)
 
     def _gather(self, queue: DeviceQueue, spare: list[Chain], size: int) -> bool:
         """Take buffers until ``size`` bytes fit, without MRG_RXBUF one; False when the driver has no more."""
@@ -388,8 +421,9 @@ class Net(Model):
         if self.has(net.F_HASH_REPORT) and self.control.steering is not None:
             steering = self.control.steering
             header += struct.pack("<IH", *hash_of(packet.data, steering.key, steering.types))
-        done[0][0].write(header)
+        done[0][0].write(self.stray(header))
         self.received += 1
+        self.device.journal.record(Event("fill", "packet", value=len(packet.data), queue=queue.index), packet)
         queue.complete_together(done)
 
     # Control (5.1.9.5)

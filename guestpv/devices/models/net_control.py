@@ -35,6 +35,7 @@ class Control:
         table: addresses that the driver wants besides its own.
         vlans: VLAN ids that pass, with CTRL_VLAN.
         pairs: queue pairs in use.
+        transmits: transmit queues that may be used, and the requirement that says so.
         offloads: receive offloads that are on, a mask of feature bits.
         steering: hash and RSS configuration, None before there is one.
         coalescing: virtqueue number -> (packets, microseconds).
@@ -54,6 +55,7 @@ class Control:
         self.table: set[bytes] = set()
         self.vlans: set[int] = set()
         self.pairs = 1
+        self.transmits = (1, "DRV-NET-103")
         self.offloads = 0
         self.steering: Steering | None = None
         self.coalescing: dict[int, tuple[int, int]] = {}
@@ -138,6 +140,7 @@ class Control:
             if not self._model.device.queues[index].enabled:
                 return False, "DRV-NET-101", f"{pairs} queue pairs while queue {index} is not enabled"
         self.pairs = pairs
+        self.transmits = (pairs, "DRV-NET-104")
         if self.steering is not None and self.steering.table:
             self.steering = None
         return OK
@@ -154,6 +157,7 @@ class Control:
                 if 2 * number >= 2 * self._model.pairs or not queues[2 * number].enabled:
                     return False, "DRV-NET-107", f"receive queue {number} is not enabled"
             self.pairs = max(1, *(number + 1 for number in steering.table))
+            self.transmits = (steering.transmits, "DRV-NET-195")
         self.steering = steering
         return OK
 

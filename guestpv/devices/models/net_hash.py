@@ -46,12 +46,15 @@ class Steering:
 
     Attributes:
         table: receive queue numbers by hash value; empty where only hashes are reported.
+        unclassified: receive queue for packets without a hash.
+        transmits: transmit queues that the driver may use.
     """
 
     types: int
     key: bytes
     table: tuple[int, ...] = ()
     unclassified: int = 0
+    transmits: int = 0
 
     @classmethod
     def parse(cls, data: bytes, rss: bool) -> Steering | None:
@@ -65,7 +68,9 @@ class Steering:
         words = [int.from_bytes(data[at : at + 2], "little") for at in range(6, tail, 2)]
         if rss and ((mask + 1) & mask or mask >= TABLE_MOST):
             return None
-        return cls(types, data[tail + 1 :], tuple(words[1:-1]) if rss else (), words[0] if rss else 0)
+        if not rss:
+            return cls(types, data[tail + 1 :])
+        return cls(types, data[tail + 1 :], tuple(words[1:-1]), words[0], words[-1])
 
     def queue(self, frame: bytes) -> int:
         """Receive queue of a frame."""

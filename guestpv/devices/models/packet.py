@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from ...spec import net
 
 ETHERNET = 14
+VLAN_TAG = 4
 VLAN_TYPES = (0x8100, 0x88A8)
 IPV4, IPV6 = 0x0800, 0x86DD
 TCP, UDP = 6, 17
