@@ -272,10 +272,11 @@ for rules, data in {
     "108 193": steer(mask=2, table=(0, 0, 0)),
     "109 193": steer(mask=255, table=(0,) * 256),
     "110 197 193": steer(types=1 << 20),
-    "193": steer()[:-1],
+    "193": steer() + b"\0",
     "196 193": steer(key=60),
 }.items():
     commands(*rules.split(), name=f"steers_against_{rules}", features=HASHES, kind=4, number=1, data=data)
+commands("193", name="steers_by_too_little", features=HASHES, kind=4, number=1, data=steer()[:-1])
 RESERVED, TYPES = report(reserved=1), report(types=1 << 6)
 commands("105", "198", name="hashes_reserved", features=HASHES, kind=4, number=2, data=RESERVED)
 commands(

@@ -218,6 +218,11 @@ class Net(Model):
         """Ask the driver to announce itself to the network (5.1.9.5.4)."""
         self.change_config(status=self._status | net.S_ANNOUNCE)
 
+    @property
+    def announcing(self) -> bool:
+        """Whether the driver has yet to see the request to announce itself."""
+        return bool(self._status & net.S_ANNOUNCE)
+
     def acknowledge_announce(self) -> None:
         """The driver has seen the request to announce itself."""
         self.config["status"] = self._status & ~net.S_ANNOUNCE
@@ -433,7 +438,7 @@ class Net(Model):
             self.device.fault(DriverFault("DRV-NET-186", "no room for ack"), queue.where)
             return
         accepted, requirement, message = self.control.command(chain.read())
-        if not accepted and requirement:
+        if requirement:
             self.device.find(requirement, message, queue.where)
         before, after = self.control.answer
         ack = net.CTRL_OK if accepted else net.CTRL_ERR

@@ -21,7 +21,7 @@ RECEIVE_OFFLOADS = (1, 7, 8, 9, 10, 46, 47, 54, 55)
 """Bits of the offload command; most are the feature's own number (5.1.9.5.9.1)."""
 
 Result = tuple[bool, str, str]
-"""Whether the command was accepted; else the broken requirement, if one, and why."""
+"""Whether the command was accepted, the broken requirement, if one, and why."""
 RX_STATS, TX_STATS, CONTROL_STATS = 1 << 0, 1 << 16, 1 << 32
 """Types of statistics that are kept."""
 OK: Result = (True, "", "")
@@ -148,9 +148,9 @@ class Control:
     def _steer(self, data: bytes, rss: bool) -> Result:
         if not self._has(net.F_RSS if rss else net.F_HASH_REPORT):
             return False, "DRV-NET-106" if rss else "", "hash or RSS configuration without its feature"
-        steering = Steering.parse(data, rss)
+        steering, rule = Steering.parse(data, rss), "DRV-NET-193" if rss else "DRV-NET-198"
         if steering is None:
-            return False, "DRV-NET-193" if rss else "DRV-NET-198", f"configuration of {len(data)} bytes"
+            return False, rule, f"configuration of {len(data)} bytes"
         if rss:
             queues = self._model.device.queues
             for number in (steering.unclassified, *steering.table):
@@ -159,6 +159,8 @@ class Control:
             self.pairs = max(1, *(number + 1 for number in steering.table))
             self.transmits = (steering.transmits, "DRV-NET-195")
         self.steering = steering
+        if len(data) > (length := Steering.length(data, rss)):
+            return True, rule, f"configuration of {len(data)} bytes, {length} by what it says"
         return OK
 
     def _coalesce(self, command: int, data: bytes) -> Result:

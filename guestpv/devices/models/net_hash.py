@@ -56,12 +56,18 @@ class Steering:
     unclassified: int = 0
     transmits: int = 0
 
+    @staticmethod
+    def length(data: bytes, rss: bool) -> int:
+        """Bytes that a command's data has to have by what is in it."""
+        tail = 8 + 2 * (int.from_bytes(data[4:6], "little") + 1) + 2 if rss else 12
+        return tail + 1 + (data[tail] if tail < len(data) else 0)
+
     @classmethod
     def parse(cls, data: bytes, rss: bool) -> Steering | None:
-        """The configuration in a command's data; None where that is not well formed."""
+        """The configuration in a command's data; None where that is not well formed or cut short."""
         types, mask = int.from_bytes(data[:4], "little"), int.from_bytes(data[4:6], "little")
-        tail = 8 + 2 * (mask + 1) + 2 if rss else 12
-        if len(data) < tail + 1 or len(data) != tail + 1 + data[tail] or not 0 < data[tail] <= KEY_MOST:
+        tail, end = 8 + 2 * (mask + 1) + 2 if rss else 12, cls.length(data, rss)
+        if len(data) < end or not 0 < data[tail] <= KEY_MOST:
             return None
         if types & ~TYPES or (not rss and any(data[4:12])):
             return None
@@ -69,8 +75,8 @@ class Steering:
         if rss and ((mask + 1) & mask or mask >= TABLE_MOST):
             return None
         if not rss:
-            return cls(types, data[tail + 1 :])
-        return cls(types, data[tail + 1 :], tuple(words[1:-1]), words[0], words[-1])
+            return cls(types, data[tail + 1 : end])
+        return cls(types, data[tail + 1 : end], tuple(words[1:-1]), words[0], words[-1])
 
     def queue(self, frame: bytes) -> int:
         """Receive queue of a frame."""
