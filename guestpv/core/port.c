@@ -24,6 +24,8 @@ struct gpv_port {
     uint32_t frame_have, frame_want, frame_bytes;
     int64_t frame_since;
     int32_t broken; /* the gpv_port_error that ended reception, 0 before */
+    struct gpv_queue *const *siblings;
+    uint32_t sibling_count;
 };
 
 static void count(uint64_t *counter, uint64_t by)
@@ -82,6 +84,23 @@ uint32_t gpv_port_fragments(const struct gpv_port *p)
 
 /* Reception. */
 
+void gpv_port_siblings(struct gpv_port *p, struct gpv_queue *const *siblings, uint32_t count)
+{
+    p->siblings = siblings;
+    p->sibling_count = count;
+}
+
+static int32_t publish_buffers(struct gpv_port *p)
+{
+    int32_t status = gpv_publish(p->c.rx);
+    for (uint32_t i = 0; status > 0 && i < p->sibling_count; i++) {
+        count(&p->n.rx_reminders, 1);
+        if (gpv_remind(p->siblings[i]) < 0)
+            status = GPV_EKICK;
+    }
+    return status < 0 ? status : 0;
+}
+
 static int32_t give_receive_buffer(struct gpv_port *p, uint32_t buffer)
 {
     struct gpv_segment segment = { p->c.rx_buffers.bus[buffer], p->c.rx_buffers.size };
@@ -96,8 +115,7 @@ int32_t gpv_port_start(struct gpv_port *p)
         if (status < 0)
             return status;
     }
-    int32_t status = gpv_publish(p->c.rx);
-    return status < 0 ? status : 0;
+    return publish_buffers(p);
 }
 
 /* Segmentation that nobody negotiated, or of size 0, means nothing to whoever gets the frame. */
@@ -184,7 +202,7 @@ int32_t gpv_port_take(struct gpv_port *p, uint32_t max, gpv_deliver *deliver, vo
     }
     if (p->frame_have)
         p->frame_since = now_ms();
-    int32_t status = gpv_publish(p->c.rx);
+    int32_t status = publish_buffers(p);
     return status < 0 ? status : got;
 }
 

@@ -10,6 +10,7 @@ struct gpv_port_counters {
     uint64_t rx_packets, rx_bytes;
     uint64_t rx_dropped;   /* taken from the device and delivered nowhere */
     uint64_t rx_malformed; /* dropped because the device got the header or the length wrong */
+    uint64_t rx_reminders; /* notifications of siblings */
     uint64_t tx_packets, tx_bytes;
     uint64_t tx_dropped;   /* not given to the device: longer than it takes, or no frame at all */
 };
@@ -37,6 +38,11 @@ void gpv_port_free(struct gpv_port *port);
 const struct gpv_port_counters *gpv_port_counters(const struct gpv_port *port);
 /* num_buffers of the frame that is coming in, or of the one that broke the port. */
 uint32_t gpv_port_fragments(const struct gpv_port *port);
+
+/* Other receive queues that are notified whenever this one is, which is when the device had run out of buffers: QEMU
+ * steers by RSS only after it has read a frame from the back end's own queue, and goes on reading that one when the
+ * receive queue of the same number is notified, not the one that had no room. The array must outlive the port. */
+void gpv_port_siblings(struct gpv_port *port, struct gpv_queue *const *siblings, uint32_t count);
 
 /* Hands every receive buffer to the device. 0, or a gpv_error. */
 int32_t gpv_port_start(struct gpv_port *port);

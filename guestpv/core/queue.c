@@ -197,6 +197,17 @@ int32_t gpv_notify(struct gpv_queue *q)
     return notify(q);
 }
 
+int32_t gpv_remind(const struct gpv_queue *q)
+{
+    /* Counters are the owner's; everything else in here never changes. */
+    struct gpv_kick bell = {
+        .kind = q->kick.kind, .fd = q->kick.fd, .doorbell = q->kick.doorbell, .value = q->kick.value,
+        .call = q->kick.call, .user = q->kick.user,
+    };
+
+    return !q->notification_data && gpv_kick_send(&bell, bell.value) ? GPV_EKICK : 0;
+}
+
 void gpv_fence(void)
 {
     GPV_DEVICE_MB();

@@ -82,6 +82,9 @@ int32_t gpv_add_burst(struct gpv_queue *q, const uint64_t *addresses, const uint
 int32_t gpv_publish(struct gpv_queue *q);
 /* Notifies the device whatever it asked for. */
 int32_t gpv_notify(struct gpv_queue *q);
+/* Notifies the device from a thread that need not own the queue: of nothing new, so that it looks again. With
+ * NOTIFICATION_DATA nothing is sent, because only the owner knows the position. 0, or GPV_EKICK. */
+int32_t gpv_remind(const struct gpv_queue *q);
 /* A full barrier towards devices, for whoever writes to rings by hand. */
 void gpv_fence(void);
 /* Sends this notification value, on a broken queue too: for rings that somebody wrote by hand. */

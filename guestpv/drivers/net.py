@@ -105,6 +105,9 @@ class Net:
             self.mac = self.config.mac or self.mac or random_mac()
             self.mtu = self.config.mtu or DEFAULT_MTU
             self.pairs = [NetPort(transport, number, self.mtu) for number in range(queue_pairs)]
+            if transport.has(spec.F_RSS):
+                for port in self.pairs:
+                    port.remind([other for other in self.pairs if other is not port])
             if transport.has(spec.F_CTRL_VQ):
                 self.control = ControlQueue(transport, self.config, 2 * self.config.max_pairs, queue_pairs)
             transport.driver_ok()

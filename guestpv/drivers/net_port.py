@@ -149,6 +149,12 @@ class NetPort:
         if not self.rx.handle or not self.tx.handle:
             raise UsageError("the network port is closed", where=self._name)
 
+    def remind(self, others: list[NetPort]) -> None:
+        """Whenever the device had run out of receive buffers here, notify those of ``others``, too."""
+        queues = ffi.new("struct gpv_queue *[]", [other.rx.handle for other in others])
+        self._keep.append(queues)
+        lib.gpv_port_siblings(self.handle, queues, len(others))
+
     def own(self) -> None:
         """Make the calling thread the owner of both queues."""
         self.rx.own()

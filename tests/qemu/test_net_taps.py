@@ -49,6 +49,12 @@ CASES = {
     "packed big buffers": Case("packed=on,mrg_rxbuf=off", features="RING_PACKED", without="MRG_RXBUF"),
     "polling": Case(poll=True),
     "queues": Case("mq=on,vectors=6", queues=2, features="MQ"),
+    "steered": Case(
+        "mq=on,rss=on,hash=on,packed=on,vectors=6",
+        queues=2,
+        wanted="+rss,+hash_report",
+        features="RSS HASH_REPORT RING_PACKED",
+    ),
     "jumbo": Case("host_mtu=9000,status=off,rx_queue_size=1024", mtu=9000, features="MTU", without="STATUS"),
     "coalesced": Case("guest_rsc_ext=on", wanted="+rsc_ext", features="RSC_EXT"),
     "one vector": Case("vectors=1"),

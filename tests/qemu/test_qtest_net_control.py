@@ -6,6 +6,7 @@ import select
 import socket
 import struct
 import subprocess
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -17,12 +18,14 @@ from guestpv.drivers.net_control import CommandRefused, ControlQueue, Rss
 from guestpv.pci.qtest import QtestFunction
 from guestpv.spec import net as spec
 from guestpv.transport.pci import PciTransport
+from guestpv.virtqueue.queue import Virtqueue
 
 Device = Callable[..., PciTransport]
 
 OWN, OTHER = bytes.fromhex("525400aabb01"), bytes.fromhex("525400aabb02")
 GROUP = bytes.fromhex("01005e000001")
 KEY = bytes(range(1, 41))
+ETH_P_IP = 0x0800
 ETH_P_TEST = 0x88B5
 PATIENCE = 60.0
 
@@ -139,10 +142,10 @@ def tap(own_network: None) -> Iterator[socket.socket]:
 TAP = "tap,ifname=tap0,script=no,downscript=no,vhost=off,queues=2"
 
 
-def udp(port: int) -> bytes:
+def udp(port: int, number: int = 0) -> bytes:
     ends = bytes((10, 0, 0, 1, 10, 0, 0, 2))
     ip = struct.pack("!BBHHHBBH", 0x45, 0, 46, 1, 0, 64, 17, 0) + ends
-    return OWN + OTHER + b"\x08\x00" + ip + struct.pack("!HHHH", port, 53, 26, 0) + bytes(18)
+    return OWN + OTHER + b"\x08\x00" + ip + struct.pack("!HHHHI", port, 53, 26, 0, number) + bytes(14)
 
 
 @pytest.mark.requirement("DRV-NET-147", "DRV-NET-179", "DRV-NET-193", "DRV-NET-194")
@@ -171,6 +174,41 @@ def test_rss_and_reported_hashes_are_those_of_the_standard(device: Device, tap: 
                         assert spec.HASH_REPORTS[burst.headers["hash_report"][row]] == "udpv4"
                         got.append((int(burst.headers["hash_value"][row]), burst[row]))
             assert got == wanted
+
+
+@pytest.mark.parametrize("packed", ["off", "on"])
+def test_frames_steered_to_a_full_queue_come_once_there_is_room(
+    device: Device, tap: socket.socket, packed: str
+) -> None:
+    """QEMU stops reading a queue of its TAP when the receive queue that a frame is steered to is full.
+
+    It goes on when the receive queue of the TAP queue's number is notified, which no rule asks for.
+    So it is where QEMU steers by itself, as with reported hashes; else it may leave that to the kernel.
+    """
+    body = f"virtio-net-pci,mq=on,rss=on,hash=on,packed={packed},vectors=6"
+    transport = device(body, netdev=TAP, features="+rss,+hash_report")
+    with Net(transport, queue_pairs=2, rss=Rss(KEY, [1])) as net:
+        assert net.link_up  # the register is read behind the posted write of DRIVER_OK
+        receive = net.pairs[1].rx
+        frames = {udp(1000 + number % 64, number) for number in range(3 * receive.size)}
+        for data in frames:
+            # As IP, or the kernel takes all of them for one flow, which is one queue of the TAP.
+            tap.sendto(data, ("tap0", ETH_P_IP))
+        end = time.monotonic() + PATIENCE
+        while not is_used_up(receive):
+            assert time.monotonic() < end
+            time.sleep(0.01)
+        while frames:
+            assert receive.wait(PATIENCE)
+            burst = net.receive_burst(pair=1)
+            frames -= {burst[row] for row in range(len(burst))}
+
+
+def is_used_up(queue: Virtqueue) -> bool:
+    """Whether a queue that nothing was taken from yet has no buffer left for the device."""
+    if queue.packed:
+        return int(queue.desc["flags"][-1]) & 0x8080 == 0x8080
+    return int(queue.device["idx"]) == queue.size
 
 
 def test_queue_pairs_and_offloads_at_run_time(device: Device, tap: socket.socket) -> None:
