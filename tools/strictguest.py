@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import shlex
 import struct
 import tempfile
 import time
@@ -56,20 +54,8 @@ NOTE: Final = "Behind vfio-user: ring memory was sampled when the device looked 
 
 
 def newest_qemu(home: Path) -> Path:
-    """A program in ``home`` that runs the tree's QEMU with the tree's libraries, modules and firmware."""
-    found = tree.get("qemu")
-    share = found.root / "usr" / "share"
-    modules = found.root / "usr" / "lib" / "x86_64-linux-gnu" / "qemu"
-    command = [*found.program("qemu-system-x86_64"), "-L", str(share / "qemu"), "-L", str(share / "seabios")]
-    script = home / "qemu-system-x86_64"
-    script.write_text(
-        f'#!/bin/sh\nexport QEMU_MODULE_DIR={shlex.quote(str(modules))}\nexec {shlex.join(command)} "$@"\n'
-    )
-    script.chmod(0o755)
-    # What accelerator works is remembered by the program's age.
-    age = (found.root / "usr" / "bin" / "qemu-system-x86_64").stat().st_mtime_ns
-    os.utime(script, ns=(age, age))
-    return script
+    """A program in ``home`` that runs the newest QEMU of Debian's backports."""
+    return tree.get("qemu").qemu(home)
 
 
 def attachment(path: str, slot: int, **properties: object) -> str:

@@ -431,16 +431,7 @@ def test_unplugged_with_memory_in_the_balloon(big: Machine) -> None:
 @pytest.fixture(scope="module")
 def newest_qemu(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A program that runs the newest QEMU of Debian's backports, unpacked beside the machine's own."""
-    found = tree.get("qemu")
-    share = found.root / "usr" / "share"
-    modules = found.root / "usr" / "lib" / "x86_64-linux-gnu" / "qemu"
-    command = [*found.program("qemu-system-x86_64"), "-L", str(share / "qemu"), "-L", str(share / "seabios")]
-    script = tmp_path_factory.mktemp("qemu") / "qemu-system-x86_64"
-    script.write_text(
-        f'#!/bin/sh\nexport QEMU_MODULE_DIR={shlex.quote(str(modules))}\nexec {shlex.join(command)} "$@"\n'
-    )
-    script.chmod(0o755)
-    return script
+    return tree.get("qemu").qemu(tmp_path_factory.mktemp("qemu"))
 
 
 @pytest.mark.timeout(1800)

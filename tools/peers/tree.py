@@ -5,6 +5,7 @@ dpkg-deb unpacks.
 """
 
 import os
+import shlex
 import shutil
 import subprocess
 from collections.abc import Sequence
@@ -88,6 +89,20 @@ class Tree:
                 libraries = ":".join(str(self.root / part) for part in LIBRARIES)
                 return [str(self.root / LOADER), "--library-path", libraries, "--argv0", name, str(path)]
         raise PeerError(f"{name} is not in {self.root}: ./tools/get-peers --refresh builds the tree anew")
+
+    def qemu(self, home: Path) -> Path:
+        """A program in ``home`` that runs the tree's QEMU with the tree's libraries, modules and firmware."""
+        name = "qemu-system-x86_64"
+        share = self.root / "usr" / "share"
+        modules = shlex.quote(str(self.root / "usr" / "lib" / "x86_64-linux-gnu" / "qemu"))
+        command = [*self.program(name), "-L", str(share / "qemu"), "-L", str(share / "seabios")]
+        script = home / name
+        script.write_text(f'#!/bin/sh\nexport QEMU_MODULE_DIR={modules}\nexec {shlex.join(command)} "$@"\n')
+        script.chmod(0o755)
+        # What accelerator works is remembered by the program's age.
+        age = (self.root / "usr" / "bin" / name).stat().st_mtime_ns
+        os.utime(script, ns=(age, age))
+        return script
 
 
 def get(name: str, *, refresh: bool = False) -> Tree:

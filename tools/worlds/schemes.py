@@ -404,16 +404,20 @@ class Qtest:
     machine: str = "q35"
     mode: str = "msix"
     iothread: bool = False
+    peer: str = ""
+    """Another QEMU than the machine's own: a tree of ``peers``."""
 
     @property
     def id(self) -> str:
         more = "-iothread" if self.iothread else ""
+        more += f"-{self.peer}" if self.peer else ""
         return f"qtest-{self.device}-{self.machine}-{self.ring.id}-{self.mode}{more}"
 
     @contextmanager
     def place(self, directory: Path) -> Iterator[Place]:
+        own = os.environ.get("GUESTPV_QEMU", DEFAULT_EXECUTABLE)
         params = {
-            "qemu": os.environ.get("GUESTPV_QEMU", DEFAULT_EXECUTABLE),
+            "qemu": str(tree.get(self.peer).qemu(directory)) if self.peer else own,
             "machine": self.machine,
             "mode": self.mode,
             "features": self.ring.wishes,
@@ -511,6 +515,7 @@ QTEST: list[World] = [
         for mode in ("intx", "poll")
     ],
     *[Qtest("blk", Ring(packed), iothread=True) for packed in (False, True)],
+    *[Qtest(device, Ring(packed), peer="qemu-10") for device in DEVICES for packed in (False, True)],
     *[Joined(device, Ring(), "intx") for device in DEVICES],
     *[Joined(device, Ring(True), "poll", "pc") for device in DEVICES],
 ]
