@@ -3,7 +3,7 @@
  * Ordinary build: the orders are C11's, through the compiler's builtins; accesses without an order are volatile, which is
  * one access as well, and unlike a relaxed builtin lets GCC keep what it knows about other memory. With VIRTIO_F_ORDER_PLATFORM the device is hardware, which
  * C11 does not know: then the orders are made with device barriers (chapter 6: "barriers suitable for hardware devices").
- * Observing build (GPV_OBSERVING): the same, and each access goes through a hook first.
+ * Observing build (GPV_OBSERVING): the same, and each access is shown to hooks; see observe.h.
  * Model build (GPV_MODEL): model.h maps them to the checker's atomics. */
 #ifndef GPV_ACCESS_H
 #define GPV_ACCESS_H
@@ -25,13 +25,26 @@ struct gpv_queue;
 void gpv_observe(struct gpv_queue *q, int32_t what, const volatile void *where, uint32_t width, uint64_t value);
 #define GPV_SEE(q, what, p, v) gpv_observe((q), (what), (p), sizeof *(p), (uint64_t)(v))
 #define GPV_SEE_FENCE(q) gpv_observe((q), GPV_SAW_FENCE, 0, 0, 0)
+void gpv_observe_loaded(struct gpv_queue *q, int32_t what, const volatile void *where, uint32_t width, uint64_t value);
+#define GPV_LOADED(q, what, p, v) gpv_observe_loaded((q), (what), (p), sizeof *(p), (uint64_t)(v))
 #else
+#define GPV_LOADED(q, what, p, v) ((void)0)
 #define GPV_SEE(q, what, p, v) ((void)0)
 #define GPV_SEE_FENCE(q) ((void)0)
 #endif
 
-#define GPV_LOAD(q, p) \
-    (GPV_SEE(q, GPV_SAW_LOAD, p, 0), *(const volatile __typeof__(*(p)) *)(p))
+#ifdef GPV_OBSERVING
+#define GPV_LOAD(q, p)                                                                      \
+    __extension__({                                                                         \
+        __typeof__(*(p)) loaded_;                                                           \
+        GPV_SEE(q, GPV_SAW_LOAD, p, 0);                                                     \
+        loaded_ = *(const volatile __typeof__(*(p)) *)(p);                                  \
+        GPV_LOADED(q, GPV_SAW_LOAD, p, loaded_);                                            \
+        loaded_;                                                                            \
+    })
+#else
+#define GPV_LOAD(q, p) (*(const volatile __typeof__(*(p)) *)(p))
+#endif
 
 #define GPV_STORE(q, p, v) \
     (GPV_SEE(q, GPV_SAW_STORE, p, v), (void)(*(volatile __typeof__(*(p)) *)(p) = (v)))
@@ -59,6 +72,7 @@ typedef uint64_t __attribute__((may_alias)) gpv_tail;
         } else {                                                                            \
             value_ = __atomic_load_n((p), __ATOMIC_ACQUIRE);                                \
         }                                                                                   \
+        GPV_LOADED(q, GPV_SAW_LOAD_ACQUIRE, p, value_);                                     \
         value_;                                                                             \
     })
 

@@ -18,10 +18,12 @@ extern "Python" int32_t gpv_python_kick(void *user, uint32_t value);
 OBSERVING = """
 enum gpv_saw { GPV_SAW_LOAD, GPV_SAW_LOAD_ACQUIRE, GPV_SAW_STORE, GPV_SAW_STORE_RELEASE, GPV_SAW_FENCE };
 struct gpv_access { int32_t what; uint32_t width; uint64_t address; uint64_t value; };
-void gpv_hook_set(struct gpv_queue *q, void (*hook)(void *user, const struct gpv_access *access), void *user);
+typedef void (*gpv_hook)(void *user, const struct gpv_access *access);
+void gpv_hook_set(struct gpv_queue *q, gpv_hook hook, void *user);
+void gpv_trace_set(struct gpv_queue *q, gpv_hook trace, void *user);
 extern "Python" void gpv_python_access(void *user, const struct gpv_access *access);
 """
-"""What the observing build has more: a hook before each access to shared memory."""
+"""What the observing build has more: hooks at each access to shared memory; see ``observe.h``."""
 
 
 def make(module: str, *, observing: bool = False) -> FFI:

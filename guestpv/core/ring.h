@@ -116,8 +116,8 @@ struct gpv_queue {
     size_t desc_size, driver_size, device_size;
     void *desc, *driver, *device;
 #ifdef GPV_OBSERVING
-    gpv_hook hook;
-    void *hook_user;
+    gpv_hook hook, trace;
+    void *hook_user, *trace_user;
 #endif
 };
 

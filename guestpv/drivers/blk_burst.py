@@ -9,7 +9,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from ..core._core import ffi, lib
+from ..core._core import lib
 from ..errors import DeviceViolation, GuestpvError, TimeLimit, UsageError
 from ..memory import DmaBuffer
 from ..spec import blk as spec
@@ -129,6 +129,7 @@ def run_burst(
         queue.name,
     )
     free, ids = np.arange(depth, dtype=np.uint32), np.full(depth, lib.GPV_BLK_NO_ID, np.int32)
+    ffi = queue.core_ffi
     burst: Any = ffi.new("struct gpv_blk_burst *")
     burst.queue, burst.fd = queue.handle, -1 if queue.interrupt_fd is None else queue.interrupt_fd
     burst.kind, burst.nbytes, burst.writable = kind, nbytes, kind == spec.T_IN
@@ -188,7 +189,7 @@ def _until_over(burst: Any, queue: Virtqueue, timeout: float | None) -> int:
     """Run the burst; its code, 1 when nothing came back for ``timeout`` seconds."""
     back, since = -1, time.monotonic()
     while True:
-        code: int = lib.gpv_blk_burst_run(burst)
+        code: int = queue.core_lib.gpv_blk_burst_run(burst)
         if code == lib.GPV_EINTR:
             # Between two calls Python runs its signal handlers.
             continue

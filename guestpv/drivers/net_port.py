@@ -102,6 +102,7 @@ class NetPort:
         rx, tx: the queues; where the port is used they are its own.
         rx_slab, tx_slab: the buffers.
         handle: the core's ``struct gpv_port *``.
+        core_ffi, core_lib: the build of the core that it belongs to, the queues' own.
         header: dtype of the virtio header.
         longest: bytes of the longest frame that may be sent unsegmented.
         stride: bytes of the longest frame that can come in.
@@ -127,7 +128,8 @@ class NetPort:
             for queue, size in ((self.rx, rx_size), (self.tx, tx_size))
         )
         self.stride = LARGEST_FRAME if gso or has(spec.F_MRG_RXBUF) else rx_size - header
-        config = ffi.new("struct gpv_port_config *")
+        self.core_ffi, self.core_lib = self.rx.core_ffi, self.rx.core_lib
+        config = self.core_ffi.new("struct gpv_port_config *")
         config.rx, config.tx = self.rx.handle, self.tx.handle
         self._keep: list[Any] = []
         self._describe(config.rx_buffers, self.rx_slab)
@@ -135,12 +137,12 @@ class NetPort:
         config.header, config.mergeable = header, has(spec.F_MRG_RXBUF)
         config.gso = sum({1 << kind for kind in gso})
         config.longest, config.partial_ms = self.longest, int(PARTIAL_LIMIT * 1000)
-        self.handle = ffi.gc(lib.gpv_port_new(config), lib.gpv_port_free)
-        if self.handle == ffi.NULL:
+        self.handle = self.core_ffi.gc(self.core_lib.gpv_port_new(config), self.core_lib.gpv_port_free)
+        if self.handle == self.core_ffi.NULL:
             raise MemoryError("no memory for a network port")
 
     def _describe(self, buffers: Any, slab: Slab) -> None:
-        memory, bus = (ffi.from_buffer("uint64_t[]", array) for array in (slab.pointers, slab.bus))
+        memory, bus = (self.core_ffi.from_buffer("uint64_t[]", array) for array in (slab.pointers, slab.bus))
         self._keep += [memory, bus]
         buffers.memory, buffers.bus, buffers.size, buffers.count = memory, bus, slab.size, len(slab)
 
@@ -170,7 +172,7 @@ class NetPort:
         self._open()
         # Sent frames are taken back when the next one needs their room.
         self.tx.disable_interrupts()
-        self.check(lib.gpv_port_start(self.handle))
+        self.check(self.core_lib.gpv_port_start(self.handle))
 
     def check(self, code: int) -> int:
         """Raise what a negative result of the core means; the result otherwise.
@@ -181,7 +183,7 @@ class NetPort:
         if code >= 0:
             return code
         if code in (lib.GPV_PORT_EFRAGMENTS, lib.GPV_PORT_EPARTIAL):
-            number = int(lib.gpv_port_fragments(self.handle))
+            number = int(self.core_lib.gpv_port_fragments(self.handle))
             impossible = code == lib.GPV_PORT_EFRAGMENTS
             raise DeviceViolation(
                 f"num_buffers is {number}, more than a frame can have"
@@ -223,7 +225,7 @@ class NetPort:
                 where=self._name,
             )
         table = self._table(rows, lengths, headers)
-        return self.check(lib.gpv_port_send(self.handle, table, len(lengths)))
+        return self.check(self.core_lib.gpv_port_send(self.handle, table, len(lengths)))
 
     def receive(self, most: int = 64, *, headers: bool = False, out: Frames | None = None) -> Frames:
         """What has come in, at most ``most`` frames, oldest first.
@@ -243,7 +245,9 @@ class NetPort:
                 np.zeros(most, np.uint32),
                 np.zeros(most, self.header) if headers else None,
             )
-        got = self.check(lib.gpv_port_receive(self.handle, self._table(out.data, out.lengths, out.headers)))
+        got = self.check(
+            self.core_lib.gpv_port_receive(self.handle, self._table(out.data, out.lengths, out.headers))
+        )
         return Frames(out.data[:got], out.lengths[:got], None if out.headers is None else out.headers[:got])
 
     def _table(
@@ -251,6 +255,7 @@ class NetPort:
     ) -> Any:
         if headers is not None and (headers.dtype != self.header or not headers.flags.c_contiguous):
             raise UsageError(f"headers are a contiguous array of {self.header}")
+        ffi = self.core_ffi
         table = ffi.new("struct gpv_frames *")
         table.data, table.stride = ffi.cast("uint8_t *", data.ctypes.data), data.strides[0]
         table.lengths, table.capacity = ffi.cast("uint32_t *", lengths.ctypes.data), len(lengths)
@@ -264,7 +269,7 @@ class NetPort:
 
         ``rx`` is from the device. Readable from any thread.
         """
-        live = lib.gpv_port_counters(self.handle)
+        live = self.core_lib.gpv_port_counters(self.handle)
         return {name: int(getattr(live, name)) for name in COUNTERS}
 
 

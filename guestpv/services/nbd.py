@@ -14,7 +14,7 @@ from typing import Any, Final, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from ..core._core import ffi, lib
+from ..core._core import lib
 from ..drivers.blk import Blk
 from ..drivers.blk_queue import SLOT, STATUS
 from ..errors import AccessDenied, GuestpvError, Refused, TimeLimit
@@ -160,8 +160,9 @@ class Export:
         self._stop = SYSTEM.eventfd()
         self._kicks_before = 0
         self._bound = True
-        self._export = lib.gpv_nbd_new(self._config())
-        if self._export == ffi.NULL:
+        self._ffi, self._lib = requests.queue.core_ffi, requests.queue.core_lib
+        self._export = self._lib.gpv_nbd_new(self._config())
+        if self._export == self._ffi.NULL:
             raise MemoryError("no memory for an NBD export")
         self._result: int | None = None
         self._thread = self._make_thread()
@@ -178,15 +179,15 @@ class Export:
         disk, requests, count, size = self._disk, self._requests, self._count, self._size
         self._keep: list[Any] = []
         headers = _rows(requests.memory, SLOT, count)
-        config = ffi.new("struct gpv_nbd_config *")
+        config = self._ffi.new("struct gpv_nbd_config *")
         config.queue = requests.queue.handle
         config.socket, config.stop_fd = self._server.fileno(), self._stop
         config.queue_fd = -1 if requests.queue.interrupt_fd is None else requests.queue.interrupt_fd
         config.slot_count, config.stride = count, SLOT
-        config.slots = ffi.cast("uint8_t *", requests.memory.pointer)
+        config.slots = self._ffi.cast("uint8_t *", requests.memory.pointer)
         config.header_bus = self._array(headers)
         config.status_bus = self._array(headers + np.uint64(STATUS))
-        config.data = ffi.cast("uint8_t *", self._data.pointer)
+        config.data = self._ffi.cast("uint8_t *", self._data.pointer)
         config.data_bus = self._array(_rows(self._data, size, count))
         config.data_size, config.block_size, config.capacity = size, disk.block_size, disk.capacity
         config.read_only, config.volatile_cache = disk.read_only, disk.volatile_cache
@@ -198,12 +199,12 @@ class Export:
         return config
 
     def _array(self, array: NDArray[np.uint64]) -> Any:
-        held = ffi.from_buffer("uint64_t[]", array)
+        held = self._ffi.from_buffer("uint64_t[]", array)
         self._keep.append(held)
         return held
 
     def _run(self) -> None:
-        result = lib.gpv_nbd_run(self._export)
+        result = self._lib.gpv_nbd_run(self._export)
         kept = result == lib.GPV_NBD_PAUSED or (self._keep_requests and lib.GPV_NBD_ERRNO < result < 0)
         if not kept:
             self._hang_up()
@@ -247,7 +248,7 @@ class Export:
             TimeLimit: it does not end, because the client does not take its answers.
         """
         if self._thread.is_alive():
-            lib.gpv_nbd_pause(self._export)
+            self._lib.gpv_nbd_pause(self._export)
             os.eventfd_write(self._stop, 1)
             self._thread.join(patience)
             if self._thread.is_alive():
@@ -274,7 +275,7 @@ class Export:
                 f"{self._count} requests",
                 where=disk.transport.name,
             )
-        lib.gpv_nbd_rebind(self._export, self._config())
+        self._lib.gpv_nbd_rebind(self._export, self._config())
         with contextlib.suppress(BlockingIOError):
             os.eventfd_read(self._stop)
         self._result = None
@@ -283,11 +284,11 @@ class Export:
 
     def resize(self, capacity: int) -> None:
         """The disk has ``capacity`` bytes now."""
-        lib.gpv_nbd_resize(self._export, capacity)
+        self._lib.gpv_nbd_resize(self._export, capacity)
 
     def counters(self) -> dict[str, int]:
         """Counters since the start."""
-        live = lib.gpv_nbd_counters(self._export)
+        live = self._lib.gpv_nbd_counters(self._export)
         names = (
             *("reads", "writes", "flushes", "discards", "zeroes", "errors", "bytes_read", "bytes_written"),
             *("requests", "resubmitted", "interrupts", "wakeups"),
@@ -297,7 +298,7 @@ class Export:
 
     def _kicks(self) -> int:
         queue = self._requests.queue
-        return int(lib.gpv_kicks(queue.handle)) if queue.handle else 0
+        return int(self._lib.gpv_kicks(queue.handle)) if queue.handle else 0
 
     def stop(self, patience: float = 10.0) -> None:
         """End the thread, answering what it has begun: with errors, where the device is not done in time."""
@@ -307,16 +308,16 @@ class Export:
         with contextlib.suppress(TimeLimit):
             self.pause()
             # What is kept here nobody will take up any more.
-            lib.gpv_nbd_give_up(self._export)
+            self._lib.gpv_nbd_give_up(self._export)
         self._hang_up()
 
     def close(self) -> None:
         """Free it; only after the device was reset."""
         self.client.close()
-        if self._export != ffi.NULL and not self._thread.is_alive():
+        if self._export != self._ffi.NULL and not self._thread.is_alive():
             self._server.close()
-            lib.gpv_nbd_free(self._export)
-            self._export = ffi.NULL
+            self._lib.gpv_nbd_free(self._export)
+            self._export = self._ffi.NULL
             SYSTEM.close(self._stop)
 
 

@@ -30,21 +30,22 @@ class Pump:
     def __init__(self, port: NetPort, tap_fd: int, *, spin: bool) -> None:
         self.port = port
         self._stop = SYSTEM.eventfd()
-        config = ffi.new("struct gpv_pump_config *")
+        self._ffi, self._lib = port.core_ffi, port.core_lib
+        config = self._ffi.new("struct gpv_pump_config *")
         config.port, config.rx, config.tx = port.handle, port.rx.handle, port.tx.handle
         config.tap_fd, config.stop_fd = tap_fd, self._stop
         config.rx_fd = -1 if spin else port.rx.fileno()
         config.tx_fd = -1 if spin else port.tx.fileno()
         config.header, config.rx_number = port.header.itemsize, port.rx.index
-        self._pump = lib.gpv_pump_new(config)
-        if self._pump == ffi.NULL:
+        self._pump = self._lib.gpv_pump_new(config)
+        if self._pump == self._ffi.NULL:
             SYSTEM.close(self._stop)
             raise MemoryError("no memory for a TAP pump")
         self._result: int | None = None
         self._thread = threading.Thread(target=self._run, name="guestpv-pump", daemon=True)
 
     def _run(self) -> None:
-        self._result = lib.gpv_pump_run(self._pump)
+        self._result = self._lib.gpv_pump_run(self._pump)
 
     def start(self) -> None:
         """Hand the receive buffers to the device and begin."""
@@ -70,19 +71,19 @@ class Pump:
 
     def counters(self) -> dict[str, int]:
         """Counters since the start; ``rx`` is device to TAP, ``tx`` TAP to device."""
-        live = lib.gpv_pump_counters(self._pump)
+        live = self._lib.gpv_pump_counters(self._pump)
         result = self.port.counters
         result |= {name: int(getattr(live, name)) for name in COUNTERS}
         result["rx_dropped"] += result["rx_malformed"]
         for way, queue in (("rx", self.port.rx), ("tx", self.port.tx)):
-            result[f"{way}_kicks"] = int(lib.gpv_kicks(queue.handle))
-            result[f"{way}_outstanding"] = int(lib.gpv_outstanding(queue.handle))
+            result[f"{way}_kicks"] = int(self._lib.gpv_kicks(queue.handle))
+            result[f"{way}_outstanding"] = int(self._lib.gpv_outstanding(queue.handle))
             result[f"{way}_size"] = queue.size
         return result
 
     def capture(self, fd: int) -> None:
         """Send a copy of every frame to this socket, which the pump closes; -1: no more."""
-        lib.gpv_pump_capture(self._pump, fd)
+        self._lib.gpv_pump_capture(self._pump, fd)
 
     def stop(self) -> None:
         """End the thread. The queues are the caller's again."""
@@ -93,9 +94,9 @@ class Pump:
     def close(self) -> None:
         """Free the pump; its thread must have ended and its counters are gone."""
         self.stop()
-        if self._pump != ffi.NULL:
-            lib.gpv_pump_free(self._pump)
-            self._pump = ffi.NULL
+        if self._pump != self._ffi.NULL:
+            self._lib.gpv_pump_free(self._pump)
+            self._pump = self._ffi.NULL
             SYSTEM.close(self._stop)
 
 

@@ -150,7 +150,7 @@ def ring_state(queue: Virtqueue) -> RingState:
     Raises:
         UsageError: the queue is closed.
     """
-    ffi, lib = queue._ffi, queue._lib
+    ffi, lib = queue.core_ffi, queue.core_lib
     shadow = ffi.new("struct gpv_shadow *")
     slots = ffi.new("struct gpv_shadow_slot[]", queue.size)
     code = lib.gpv_shadow_get(queue.handle, shadow, slots)

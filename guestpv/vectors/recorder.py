@@ -144,7 +144,7 @@ class Recorder:
         """Place a buffer of elements of so many bytes; returns its id."""
         parts = [[self.stage.pool.allocate(size) for size in sizes] for sizes in (readable, writable)]
         free = self.queue.free_slots
-        first = self.queue._lib.gpv_unpublished(self.queue.handle) == 0
+        first = self.queue.core_lib.gpv_unpublished(self.queue.handle) == 0
         with self._step(
             "add",
             readable=[{"address": part.address, "length": part.nbytes} for part in parts[0]],

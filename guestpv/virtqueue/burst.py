@@ -5,12 +5,9 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from guestpv.core._core import ffi, lib
 from guestpv.errors import UsageError
 
 from .queue import Virtqueue
-
-_submit, _reap = lib.gpv_burst_submit, lib.gpv_burst_reap
 
 
 class Burst:
@@ -32,11 +29,13 @@ class Burst:
         used_slots, used_lengths: what the last reap returned, uint32, (queue size,).
 
     Raises:
-        UsageError: the shape makes no sense for the queue, or the queue is an observed one.
+        UsageError: the shape makes no sense for the queue.
     """
 
     __slots__ = (
         "_burst",
+        "_core_reap",
+        "_core_submit",
         "_queue",
         "addresses",
         "lengths",
@@ -51,9 +50,9 @@ class Burst:
                 f"a burst of {capacity} buffers of {elements} elements, writable from {writable_from}",
                 where=queue.name,
             )
-        if queue._lib is not lib:
-            raise UsageError("bursts run on the ordinary build of the core only", where=queue.name)
         self._queue = queue
+        ffi, lib = queue.core_ffi, queue.core_lib
+        self._core_submit, self._core_reap = lib.gpv_burst_submit, lib.gpv_burst_reap
         self.addresses: NDArray[np.uint64] = np.zeros((capacity, elements), np.uint64)
         self.lengths: NDArray[np.uint32] = np.zeros((capacity, elements), np.uint32)
         self.slots: NDArray[np.uint32] = np.zeros(capacity, np.uint32)
@@ -81,7 +80,7 @@ class Burst:
         Raises:
             DeviceViolation, UsageError: as ``Virtqueue.add_burst`` and ``publish``.
         """
-        added: int = _submit(self._burst, count)
+        added: int = self._core_submit(self._burst, count)
         if added < 0:
             self._queue._fail(added)
         return added
@@ -92,7 +91,7 @@ class Burst:
         Raises:
             DeviceViolation: as ``Virtqueue.reap_burst``.
         """
-        got: int = _reap(self._burst)
+        got: int = self._core_reap(self._burst)
         if got < 0:
             self._queue._fail(got)
         return got

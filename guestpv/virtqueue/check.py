@@ -154,7 +154,7 @@ class CheckedVirtqueue(Virtqueue):
                 self._intruded(f"the indirect table of buffer {slot}", "2.7.5.3", "DEV-SPLIT-26")
 
     def _check_split(self, rings: SplitRings) -> None:
-        published = self._lib.gpv_turns(self.handle) % 0x10000
+        published = self.core_lib.gpv_turns(self.handle) % 0x10000
         idx, flags = int(rings.avail["idx"]), int(rings.avail["flags"])
         if idx != published:
             raise InvariantBroken(

@@ -35,7 +35,7 @@ class Access(NamedTuple):
         area: ``desc``, ``driver``, ``device`` or ``table``; empty for a fence.
         offset: bytes from the start of the area.
         width: bytes.
-        value: what a store stores; 0 for the others.
+        value: what a store stores, and what a load loaded where the queue asks for values; else 0.
     """
 
     kind: str
@@ -49,14 +49,16 @@ class ObservedVirtqueue(Virtqueue):
     """A virtqueue on the observing build.
 
     Attributes:
+        values: of the class: show each load after it was done, with its value, instead of before.
         accesses: every access so far, in order; clear it as you like.
         before_access: called with each access before it is done, or None. A device that runs in there runs
             between two accesses of the driver. What it raises comes out of ``publish``, ``reap_burst`` or
             ``enable_interrupts``, whichever is next.
     """
 
-    _ffi: ClassVar[Any] = ffi
-    _lib: ClassVar[Any] = lib
+    core_ffi: ClassVar[Any] = ffi
+    core_lib: ClassVar[Any] = lib
+    values: ClassVar[bool] = False
 
     def _build(self, size: int) -> None:
         self.accesses: list[Access] = []
@@ -64,14 +66,23 @@ class ObservedVirtqueue(Virtqueue):
         self._raised: BaseException | None = None
         super()._build(size)
         self._hook_handle = ffi.new_handle(self)
-        lib.gpv_hook_set(self.handle, lib.gpv_python_access, self._hook_handle)
+        start = self._buffers[0].pointer
+        self._places = [
+            (start + area.offset, start + area.end, name)
+            for name, area in (
+                ("desc", self.layout.desc),
+                ("driver", self.layout.driver),
+                ("device", self.layout.device),
+            )
+        ]
+        (lib.gpv_trace_set if self.values else lib.gpv_hook_set)(
+            self.handle, lib.gpv_python_access, self._hook_handle
+        )
 
     def _locate(self, address: int) -> tuple[str, int]:
-        start = self._buffers[0].pointer
-        for name in ("desc", "driver", "device"):
-            area = getattr(self.layout, name)
-            if area.offset <= address - start < area.end:
-                return name, address - start - area.offset
+        for start, end, name in self._places:
+            if start <= address < end:
+                return name, address - start
         return "table", address - self._buffers[1].pointer
 
     def _seen(self, access: Access) -> None:

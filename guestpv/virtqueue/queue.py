@@ -68,13 +68,15 @@ class Virtqueue:
         addresses: bus addresses of the three areas.
         rings: live numpy views, ``layout.SplitRings`` or ``layout.PackedRings``.
         handle: the core's ``struct gpv_queue *``.
+        core_ffi, core_lib: the build of the core that it belongs to, ordinary or observing; whoever hands
+            ``handle`` to the core calls it through these.
 
     Raises:
         ValueError: the format does not allow this size.
     """
 
-    _ffi: ClassVar[Any] = ffi
-    _lib: ClassVar[Any] = lib
+    core_ffi: ClassVar[Any] = ffi
+    core_lib: ClassVar[Any] = lib
 
     def __init__(
         self,
@@ -95,7 +97,7 @@ class Virtqueue:
         self.name = name or f"queue {index}"
         self.interrupt_fd = interrupt_fd
         self.acknowledge = acknowledge
-        self.handle: Any = self._ffi.NULL
+        self.handle: Any = self.core_ffi.NULL
         self._pool = pool
         self._kick = kick
         self._indirect_entries = indirect_entries
@@ -121,31 +123,31 @@ class Virtqueue:
             )
         self.addresses = RingAddresses(*(memory[area.offset : area.end].address for area in areas))
         self.rings: SplitRings | PackedRings = ring_views(memory.array, self.layout)
-        config = self._ffi.new("struct gpv_queue_config *")
+        config = self.core_ffi.new("struct gpv_queue_config *")
         config.size = size
         for bit, option in OPTIONS.items():
             config.options |= option if self.features >> bit & 1 else 0
         config.desc, config.driver, config.device = (
-            self._ffi.cast("void *", memory.pointer + area.offset) for area in areas
+            self.core_ffi.cast("void *", memory.pointer + area.offset) for area in areas
         )
-        self._keep = self._kick.fill(config.kick, self.index, self._ffi, self._lib)
+        self._keep = self._kick.fill(config.kick, self.index, self.core_ffi, self.core_lib)
         if self.features >> f.F_INDIRECT_DESC & 1:
             config.table_entries = min(size, self._indirect_entries)
             config.table_count, tables = self._tables(min(size, MAX_TABLES), config.table_entries)
             self._buffers.append(tables)
-            config.tables = self._ffi.cast("void *", tables.pointer)
+            config.tables = self.core_ffi.cast("void *", tables.pointer)
             config.tables_bus = tables.address
-        self.handle = self._lib.gpv_queue_new(config)
-        if self.handle == self._ffi.NULL:
+        self.handle = self.core_lib.gpv_queue_new(config)
+        if self.handle == self.core_ffi.NULL:
             raise MemoryError(f"{self.name}: no memory for the shadow of {size} entries")
-        self._segments = self._ffi.new("struct gpv_segment[]", size)
+        self._segments = self.core_ffi.new("struct gpv_segment[]", size)
         self._ids: NDArray[np.uint32] = np.zeros(size, np.uint32)
         self._lengths: NDArray[np.uint32] = np.zeros(size, np.uint32)
-        self._id_pointer = self._ffi.from_buffer("uint32_t *", self._ids)
-        self._length_pointer = self._ffi.from_buffer("uint32_t *", self._lengths)
-        self._one = self._ffi.new("uint32_t[2]")
+        self._id_pointer = self.core_ffi.from_buffer("uint32_t *", self._ids)
+        self._length_pointer = self.core_ffi.from_buffer("uint32_t *", self._lengths)
+        self._one = self.core_ffi.new("uint32_t[2]")
         self._one_length = self._one + 1
-        self._one_cookie = self._ffi.new("uint64_t *")
+        self._one_cookie = self.core_ffi.new("uint64_t *")
 
     def _tables(self, count: int, entries: int) -> tuple[int, DmaBuffer]:
         """Memory for ``count`` indirect tables, or for as many as are contiguous on the bus."""
@@ -178,29 +180,29 @@ class Virtqueue:
     @property
     def free_slots(self) -> int:
         """Free descriptors."""
-        return int(self._lib.gpv_free_slots(self.handle))
+        return int(self.core_lib.gpv_free_slots(self.handle))
 
     @property
     def outstanding(self) -> int:
         """Buffers added and not come back."""
-        return int(self._lib.gpv_outstanding(self.handle))
+        return int(self.core_lib.gpv_outstanding(self.handle))
 
     @property
     def used_position(self) -> int:
         """Packed: where the next used descriptor is awaited, its wrap counter in bit 15."""
-        return int(self._lib.gpv_used_position(self.handle))
+        return int(self.core_lib.gpv_used_position(self.handle))
 
     @property
     def kicks(self) -> int:
         """Notifications sent so far."""
-        return int(self._lib.gpv_kicks(self.handle))
+        return int(self.core_lib.gpv_kicks(self.handle))
 
     def _fail(self, code: int) -> NoReturn:
         if code == lib.GPV_ECLOSED:
             raise UsageError("the virtqueue is closed", where=self.name)
         if code == lib.GPV_EBROKEN:
-            violation = self._ffi.new("struct gpv_violation *")
-            self._lib.gpv_violation_get(self.handle, violation)
+            violation = self.core_ffi.new("struct gpv_violation *")
+            self.core_lib.gpv_violation_get(self.handle, violation)
             raise device_violation(violation, self.packed, self.name)
         if code == lib.GPV_EFULL:
             raise QueueFull(
@@ -231,7 +233,7 @@ class Virtqueue:
         """Make the calling thread the owner. The former owner must not use the queue any more."""
         if not self.handle:
             self._fail(lib.GPV_ECLOSED)
-        self._lib.gpv_queue_own(self.handle)
+        self.core_lib.gpv_queue_own(self.handle)
 
     def add(
         self, readable: Sequence[DmaBuffer] = (), writable: Sequence[DmaBuffer] = (), cookie: object = None
@@ -265,7 +267,7 @@ class Virtqueue:
         except IndexError:
             self._fail(lib.GPV_ECHAIN)
         serial = self._serial + 1
-        slot: int = self._lib.gpv_add(self.handle, segments, border, count - border, serial)
+        slot: int = self.core_lib.gpv_add(self.handle, segments, border, count - border, serial)
         if slot < 0:
             self._fail(slot)
         self._serial = serial
@@ -308,15 +310,15 @@ class Virtqueue:
             )
         count, elements = addresses.shape
         ids = np.empty(count, np.uint32)
-        done: int = self._lib.gpv_add_burst(
+        done: int = self.core_lib.gpv_add_burst(
             self.handle,
-            self._ffi.from_buffer("uint64_t *", addresses),
-            self._ffi.from_buffer("uint32_t *", lengths),
+            self.core_ffi.from_buffer("uint64_t *", addresses),
+            self.core_ffi.from_buffer("uint32_t *", lengths),
             count,
             elements,
             writable_from,
-            self._ffi.NULL,
-            self._ffi.from_buffer("uint32_t *", ids),
+            self.core_ffi.NULL,
+            self.core_ffi.from_buffer("uint32_t *", ids),
         )
         if done < 0:
             self._fail(done)
@@ -328,14 +330,14 @@ class Virtqueue:
         Returns:
             Whether the device was notified.
         """
-        result: int = self._lib.gpv_publish(self.handle)
+        result: int = self.core_lib.gpv_publish(self.handle)
         if result < 0:
             self._fail(result)
         return result > 0
 
     def notify(self) -> None:
         """Notify the device whether it asks for it or not; it has to cope (DEV-SPLIT-22)."""
-        result: int = self._lib.gpv_notify(self.handle)
+        result: int = self.core_lib.gpv_notify(self.handle)
         if result < 0:
             self._fail(result)
 
@@ -348,7 +350,7 @@ class Virtqueue:
             DeviceViolation: the device broke the standard; the queue takes no more buffers.
         """
         while True:
-            got: int = self._lib.gpv_reap(self.handle, self._one, self._one_length, self._one_cookie, 1)
+            got: int = self.core_lib.gpv_reap(self.handle, self._one, self._one_length, self._one_cookie, 1)
             if got <= 0:
                 if got < 0:
                     self._fail(got)
@@ -365,8 +367,8 @@ class Virtqueue:
         Raises:
             DeviceViolation: as for ``completions``.
         """
-        got: int = self._lib.gpv_reap(
-            self.handle, self._id_pointer, self._length_pointer, self._ffi.NULL, self.size
+        got: int = self.core_lib.gpv_reap(
+            self.handle, self._id_pointer, self._length_pointer, self.core_ffi.NULL, self.size
         )
         if got < 0:
             self._fail(got)
@@ -374,14 +376,14 @@ class Virtqueue:
 
     def pending(self) -> bool:
         """Whether used buffers wait to be taken."""
-        result: int = self._lib.gpv_pending(self.handle)
+        result: int = self.core_lib.gpv_pending(self.handle)
         if result < 0:
             self._fail(result)
         return result > 0
 
     def disable_interrupts(self) -> None:
         """Advise the device to send no used buffer notifications (2.7.7, 2.8.10)."""
-        result: int = self._lib.gpv_disarm(self.handle)
+        result: int = self.core_lib.gpv_disarm(self.handle)
         if result < 0:
             self._fail(result)
 
@@ -391,7 +393,7 @@ class Virtqueue:
         Returns:
             True: completions are pending already and may not be notified.
         """
-        result: int = self._lib.gpv_arm(self.handle)
+        result: int = self.core_lib.gpv_arm(self.handle)
         if result < 0:
             self._fail(result)
         return result > 0
@@ -410,7 +412,7 @@ class Virtqueue:
         deadline = None if timeout is None else time.monotonic_ns() + int(timeout * 1e9)
         while True:
             left = -1 if deadline is None else max(0, deadline - time.monotonic_ns())
-            result: int = self._lib.gpv_wait(self.handle, fd, left, spin)
+            result: int = self.core_lib.gpv_wait(self.handle, fd, left, spin)
             if result == lib.GPV_WOKEN:
                 if self.acknowledge is not None:
                     self.acknowledge()
@@ -437,7 +439,7 @@ class Virtqueue:
 
     def clear_interrupt(self) -> bool:
         """Read the eventfd without blocking (and acknowledge INTx). Returns whether it had fired."""
-        fired = bool(self._lib.gpv_interrupt_clear(self.fileno()))
+        fired = bool(self.core_lib.gpv_interrupt_clear(self.fileno()))
         if fired and self.acknowledge is not None:
             self.acknowledge()
         return fired
@@ -453,9 +455,9 @@ class Virtqueue:
         """
         if not self.handle:
             self._fail(lib.GPV_ECLOSED)
-        ids = self._ffi.new("uint32_t[]", self.size)
-        serials = self._ffi.new("uint64_t[]", self.size)
-        count = self._lib.gpv_drain(self.handle, ids, serials)
+        ids = self.core_ffi.new("uint32_t[]", self.size)
+        serials = self.core_ffi.new("uint64_t[]", self.size)
+        count = self.core_lib.gpv_drain(self.handle, ids, serials)
         tokens = [serials[i] << SLOT_BITS | ids[i] for i in range(count)]
         self._cookies = {token: self._cookies[token] for token in tokens if token in self._cookies}
         return tokens
@@ -486,9 +488,9 @@ class Virtqueue:
         """Give the ring memory back. Only after the device or the queue was reset."""
         if self.handle:
             for burst in self._bursts:
-                burst.queue = self._ffi.NULL
+                burst.queue = self.core_ffi.NULL
             self._bursts.clear()
-            self._lib.gpv_queue_free(self.handle)
-            self.handle = self._ffi.NULL
+            self.core_lib.gpv_queue_free(self.handle)
+            self.handle = self.core_ffi.NULL
         while self._buffers:
             self._pool.free(self._buffers.pop())

@@ -26,11 +26,11 @@ class _Raw:
 
     def fence(self) -> None:
         """Everything written so far is visible to the device before anything written or read later."""
-        self.queue._lib.gpv_fence()
+        self.queue.core_lib.gpv_fence()
 
     def notify(self, value: int | None = None) -> None:
         """Send an available buffer notification with this value (default: the queue's index), unasked for."""
-        self.queue._lib.gpv_notify_value(self.queue.handle, self.queue.index if value is None else value)
+        self.queue.core_lib.gpv_notify_value(self.queue.handle, self.queue.index if value is None else value)
 
 
 class RawSplit(_Raw):

@@ -157,7 +157,7 @@ def distance(module: Any, there: int) -> Row:
 
 def handle_for(module: Any, queue: Virtqueue) -> Any:
     """The queue's handle as the race's own module knows the type."""
-    return module.ffi.cast("struct gpv_queue *", int(Virtqueue._ffi.cast("uintptr_t", queue.handle)))
+    return module.ffi.cast("struct gpv_queue *", int(Virtqueue.core_ffi.cast("uintptr_t", queue.handle)))
 
 
 def cores() -> tuple[int, int]:
