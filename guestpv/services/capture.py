@@ -56,42 +56,8 @@ class Captured:
     @property
     def comment(self) -> str:
         """The virtio header in words; what is 0 is left out."""
-        words = [f"{'rx' if self.inbound else 'tx'} queue pair {self.pair}"]
-        for name in self.header.dtype.names or ():
-            value = int(self.header[name])
-            if name == "flags":
-                words += [f"flags={'|'.join(_flags(value))}"] if value else []
-            elif name == "gso_type":
-                words += [f"gso_type={_gso(value)}"] if value else []
-            elif name == "hash_report":
-                words += [f"hash_report={spec.HASH_REPORTS[value]}"] if value < len(spec.HASH_REPORTS) else []
-            elif value and name != "padding_reserved":
-                words.append(f"{name}={value:#x}" if name == "hash_value" else f"{name}={value}")
-        return " ".join(words)
-
-
-FLAGS: Final = {
-    spec.HDR_F_NEEDS_CSUM: "NEEDS_CSUM",
-    spec.HDR_F_DATA_VALID: "DATA_VALID",
-    spec.HDR_F_RSC_INFO: "RSC_INFO",
-}
-GSO: Final = {
-    spec.GSO_TCPV4: "TCPV4",
-    spec.GSO_UDP: "UDP",
-    spec.GSO_TCPV6: "TCPV6",
-    spec.GSO_UDP_L4: "UDP_L4",
-}
-
-
-def _flags(value: int) -> list[str]:
-    known = [name for bit, name in FLAGS.items() if value & bit]
-    rest = value & ~sum(FLAGS)
-    return known + ([hex(rest)] if rest else [])
-
-
-def _gso(value: int) -> str:
-    kind = value & ~spec.GSO_ECN
-    return GSO.get(kind, str(kind)) + ("|ECN" if value & spec.GSO_ECN else "")
+        way = "rx" if self.inbound else "tx"
+        return " ".join([f"{way} queue pair {self.pair}", *spec.header_words(self.header)])
 
 
 class CaptureServer:

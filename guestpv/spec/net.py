@@ -212,3 +212,32 @@ def command_name(kind: int, command: int) -> str:
 def header_dtype(features: int) -> np.dtype[np.void]:
     """The packet header that the negotiated features (a bit mask) call for (5.1.6)."""
     return HEADER_HASH if features >> F_HASH_REPORT & 1 else HEADER
+
+
+HEADER_FLAGS: Final = {
+    HDR_F_NEEDS_CSUM: "NEEDS_CSUM",
+    HDR_F_DATA_VALID: "DATA_VALID",
+    HDR_F_RSC_INFO: "RSC_INFO",
+}
+GSO_NAMES: Final = {GSO_TCPV4: "TCPV4", GSO_UDP: "UDP", GSO_TCPV6: "TCPV6", GSO_UDP_L4: "UDP_L4"}
+
+
+def header_words(header: np.void) -> list[str]:
+    """A packet header field by field, such as ``flags=NEEDS_CSUM``; what is 0 is left out."""
+    words = []
+    for name in header.dtype.names or ():
+        value = int(header[name])
+        if name == "hash_report":
+            words += [f"hash_report={HASH_REPORTS[value]}"] if value < len(HASH_REPORTS) else []
+        elif not value or name == "padding_reserved":
+            continue
+        elif name == "flags":
+            known = [word for bit, word in HEADER_FLAGS.items() if value & bit]
+            rest = value & ~sum(HEADER_FLAGS)
+            words.append("flags=" + "|".join(known + ([hex(rest)] if rest else [])))
+        elif name == "gso_type":
+            kind = value & ~GSO_ECN
+            words.append(f"gso_type={GSO_NAMES.get(kind, kind)}" + ("|ECN" if value & GSO_ECN else ""))
+        else:
+            words.append(f"{name}={value:#x}" if name == "hash_value" else f"{name}={value}")
+    return words

@@ -12,32 +12,13 @@ from ..errors import Refused
 from ..spec import blk, net, pci
 from ..spec.rng import REQUESTQ
 from ..spec.status import Status
+from ..spec.steps import STATUS_STEPS, register_step
 from ..transport.base import FeatureFilter
 from ..transport.pci import PciTransport
 from .recorder import software, vector
 
 CONFIG_SPACE = 256
 ACCESSES = {"read", "write"}
-STATUS_STEPS = {
-    Status.RESET: ("reset", "3.1.1 step 1, 2.4"),
-    Status.ACKNOWLEDGE: ("acknowledge", "3.1.1 step 2"),
-    Status.DRIVER: ("driver", "3.1.1 step 3"),
-    Status.FEATURES_OK: ("features-ok", "3.1.1 steps 5 and 6"),
-    Status.FAILED: ("failed", "2.1.1, 3.1.1"),
-    Status.DRIVER_OK: ("driver-ok", "3.1.1 step 8"),
-}
-"""The bit of ``device_status`` that a write adds -> what it is called, and its section."""
-REGISTER_STEPS = {
-    "device_feature": ("read-features", "3.1.1 step 4, 4.1.4.3"),
-    "driver_feature": ("write-features", "3.1.1 step 4, 4.1.4.3"),
-    "config_msix_vector": ("configuration-vector", "4.1.5.1.2"),
-    "queue_reset": ("queue-reset", "2.6.1, 4.1.4.3"),
-    "queue_": ("queue-setup", "3.1.1 step 7, 4.1.5.1.3"),
-    "num_queues": ("count-queues", "4.1.4.3"),
-    "config_generation": ("configuration", "2.5.1, 4.1.4.3.2"),
-}
-"""Register, or how its name begins -> the same. Anything else is device configuration."""
-
 Run = Callable[[PciTransport, SoftwareFunction], None]
 
 
@@ -75,10 +56,7 @@ class Recording:
             return self.steps[-1]["step"], self.steps[-1]["section"]
         if event.name == "queue_notify":
             return "notification", "4.1.5.2"
-        for start, meaning in REGISTER_STEPS.items():
-            if event.name.startswith(start):
-                return meaning
-        return REGISTER_STEPS["config_generation"]
+        return register_step(event.name)
 
     @staticmethod
     def _structure(register: str) -> str:
