@@ -216,6 +216,17 @@ class DmaPool:
             if 0 <= left < len(free) - 1 and free[left][0] + free[left][1] == free[left + 1][0]:
                 free[left : left + 2] = [(free[left][0], free[left][1] + free[left + 1][1])]
 
+    def look(self, address: int, length: int) -> bytes:
+        """Up to ``length`` bytes that the device finds at a bus address, none where no memory of ours is."""
+        for region in self._regions:
+            position = 0
+            for segment in region.segments:
+                at = address - segment.address
+                if 0 <= at < segment.length:
+                    return region.array[position + at : position + min(segment.length, at + length)].tobytes()
+                position += segment.length
+        return b""
+
     @property
     def in_use(self) -> int:
         """Bytes handed out and not given back."""

@@ -9,7 +9,7 @@ import importlib
 import logging
 import re
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 from urllib.parse import parse_qsl, unquote
 
 from .errors import UsageError
@@ -17,6 +17,9 @@ from .pci.function import PciFunction
 from .spec import features as feat
 from .transport.base import FeatureFilter, Transport
 from .transport.pci import PciTransport
+
+if TYPE_CHECKING:
+    from .trace.record import Recorder
 
 LOG = logging.getLogger(__name__)
 SCHEMES = {
@@ -94,24 +97,44 @@ def open_function(spec: str | Spec) -> PciFunction:
     return function
 
 
-def _open_transport(parsed: Spec) -> Transport:
+class Tracing:
+    """Where ``open`` tells what happens when it is not told otherwise: ``guestpv trace`` sets it."""
+
+    recorder: Recorder | None = None
+
+
+def _open_transport(parsed: Spec, spec: str, trace: Recorder | None) -> Transport:
     module = importlib.import_module(SCHEMES[parsed.scheme])
+    transport: Transport
     if hasattr(module, "open_transport"):
-        transport: Transport = module.open_transport(parsed.body, parsed.params)
+        if trace is None:
+            transport = module.open_transport(parsed.body, parsed.params)
+        else:
+            from .trace.vhost_user import traced_vhost_user
+
+            transport = module.open_transport(parsed.body, parsed.params, traced_vhost_user(trace))
         return transport
     function = open_function(parsed)
     try:
-        return PciTransport(function)
+        if trace is None:
+            return PciTransport(function)
+        from .trace.function import traced_pci
+
+        return traced_pci(function, trace, spec)
     except BaseException:
         function.close()
         raise
 
 
-def open(spec: str) -> Transport:
+def open(spec: str, *, trace: Recorder | None = None) -> Transport:
     """Open a device: a transport, reset and not negotiated.
 
     ``features=+a,-b`` and ``mode=msix|intx|poll`` are understood for every scheme, what else there is
     depends on the scheme.
+
+    Args:
+        spec: names the device.
+        trace: gets every register access, ring operation, notification and decision from here on.
 
     Raises:
         UsageError: the specification is not well formed.
@@ -123,7 +146,7 @@ def open(spec: str) -> Transport:
     mode = parsed.params.pop("mode", "")
     if mode not in ("", "msix", "intx", "poll"):
         raise UsageError(f"mode is msix, intx or poll, not {mode!r}", where=spec)
-    transport = _open_transport(parsed)
+    transport = _open_transport(parsed, spec, trace or Tracing.recorder)
     try:
         transport.feature_filter = FeatureFilter.parse(wishes, transport.device_type)
         if mode:
@@ -135,13 +158,13 @@ def open(spec: str) -> Transport:
     return transport
 
 
-def open_driver(spec: str) -> Driver:
+def open_driver(spec: str, *, trace: Recorder | None = None) -> Driver:
     """Open a device and start the driver for its type; closing the driver closes the device.
 
     Raises:
         UsageError: there is no driver for this device type.
     """
-    transport = open(spec)
+    transport = open(spec, trace=trace)
     try:
         if transport.device_type not in DRIVERS:
             known = ", ".join(feat.DEVICE_NAMES[kind] for kind in DRIVERS)

@@ -26,6 +26,7 @@ VERBS: Final = {
     "blk": ("blk:blk", "Drive a disk as a block device, or directly."),
     "compare": ("compare:compare", "Measure what a packet and a block cost, driver by driver."),
     "ring-picture": ("ring_picture:ring_picture", "Draw a virtqueue in a state worth explaining."),
+    "trace": ("trace:trace", "Show what a verb and its device do: registers, rings, notifications."),
     "explain": ("explain:explain", "Explain a step, feature, register or requirement."),
     "vectors": ("vectors:vectors", "Test vectors for drivers in other languages."),
     "conform": ("conform:conform", "Check devices and drivers against the standard."),

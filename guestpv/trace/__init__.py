@@ -1,5 +1,6 @@
 """The contract between driver and device made visible."""
 
+from .record import Recorder
 from .ring_svg import ring_picture
 
-__all__ = ["ring_picture"]
+__all__ = ["Recorder", "ring_picture"]

@@ -34,7 +34,7 @@ class Fanout:
             for sink in sinks:
                 os.eventfd_write(sink, 1)
 
-        self._add(source, pass_on)
+        self.add(source, pass_on)
 
     def intx(
         self, source: int, read_isr: ReadIsr, unmask: Callable[[], None], queues: list[int], config: int
@@ -50,9 +50,10 @@ class Fanout:
                 os.eventfd_write(config, 1)
             unmask()
 
-        self._add(source, serve)
+        self.add(source, serve)
 
-    def _add(self, source: int, handler: Callable[[], None]) -> None:
+    def add(self, source: int, handler: Callable[[], None]) -> None:
+        """Call ``handler``, in the thread, for every event on ``source``."""
         self._handlers[source] = handler
         self._poll.register(source, select.EPOLLIN)
         if self._thread is None:

@@ -36,7 +36,7 @@ from .base import InterruptMode, Transport
 from .vhost_user_control import NEEDS_BACK_END, ControlRing
 from .vhost_user_control import SIZE as CONTROL_SIZE
 from .vhost_user_memory import Arena, MemfdSpace
-from .vhost_user_ring import Ring, fresh_base, used_base
+from .vhost_user_ring import PolledQueue, Ring, fresh_base, used_base
 from .vhost_user_session import Session
 
 CONFIG_LAYOUTS: Final[dict[int, Layout]] = {
@@ -85,12 +85,18 @@ class VhostUserTransport(Transport):
     Attributes:
         session: the connection, None while there is none.
         space: the memory table.
+        session_class, queue_class, polled_class: what connections, queues and queues without an interrupt are
+            made of.
 
     Raises:
         GuestpvError: nobody listens there.
         ProtocolError, TimeLimit, DeviceGone: who listens there does not speak vhost-user.
         Refused: the back end lacks what this device type cannot do without.
     """
+
+    session_class: type[Session] = Session
+    queue_class: type[Virtqueue] = Virtqueue
+    polled_class: type[Virtqueue] = PolledQueue
 
     def __init__(self, device_type: int, path: str, *, largest_queue: int = LARGEST_QUEUE) -> None:
         self.path = path
@@ -134,7 +140,7 @@ class VhostUserTransport(Transport):
                     hint="start the back end again; a program can go on with reconnect()",
                 )
             return self.session
-        session = Session(self.path, self._config_changed, self._died)
+        session = self.session_class(self.path, self._config_changed, self._died)
         if self.device_type == feat.BLK and not session.has(PF.CONFIG):
             session.close()
             raise Refused(
@@ -306,11 +312,20 @@ class VhostUserTransport(Transport):
 
     def set_up_queue(self, index: int, size: int, features: int) -> Virtqueue:
         if index == self._control_index:
+            name = f"{self.name} control queue"
             return ControlRing(
-                index, size, self.pool, self.space.look, self._set_pairs, f"{self.name} control queue"
+                index, size, self.pool, self.space.look, self._set_pairs, name, self.queue_class
             ).queue
+        polled = self.mode == "poll"
         ring = Ring.make(
-            index, size, features, self.pool, f"{self.name} queue {index}", self.mode, self._check_alive
+            index,
+            size,
+            features,
+            self.pool,
+            f"{self.name} queue {index}",
+            self._check_alive,
+            kind=self.polled_class if polled else self.queue_class,
+            polled=polled,
         )
         try:
             self._send_memory(self.space.arenas)
@@ -545,7 +560,9 @@ class VhostUserTransport(Transport):
             self._config_event = -1
 
 
-def open_transport(body: str, params: dict[str, str]) -> VhostUserTransport:
+def open_transport(
+    body: str, params: dict[str, str], kind: type[VhostUserTransport] = VhostUserTransport
+) -> VhostUserTransport:
     """Open ``TYPE:PATH``, such as ``blk:/run/blk.sock``.
 
     ``queue-size=N`` is the largest queue size in entries, for back ends that take less or more than 1024.
@@ -553,9 +570,9 @@ def open_transport(body: str, params: dict[str, str]) -> VhostUserTransport:
     Raises:
         UsageError: the specification is not well formed.
     """
-    kind, colon, path = body.partition(":")
+    type_name, colon, path = body.partition(":")
     types = {name: number for number, name in feat.DEVICE_NAMES.items()}
-    if not colon or not path or kind not in types:
+    if not colon or not path or type_name not in types:
         raise UsageError(
             f"vhost-user:{body} is not vhost-user:TYPE:PATH",
             hint="such as vhost-user:blk:/run/blk.sock; types: " + " ".join(types),
@@ -569,4 +586,4 @@ def open_transport(body: str, params: dict[str, str]) -> VhostUserTransport:
             where=f"vhost-user:{body}",
             hint="known: queue-size, features, mode",
         )
-    return VhostUserTransport(types[kind], path, largest_queue=int(text))
+    return kind(types[type_name], path, largest_queue=int(text))

@@ -35,6 +35,7 @@ class ControlRing:
         look: view of bytes by their guest address.
         set_pairs: carries out VQ_PAIRS_SET; False: there are not so many.
         name: for messages.
+        queue_class: what the queue is made of.
     """
 
     def __init__(
@@ -45,11 +46,12 @@ class ControlRing:
         look: Callable[[int, int], Bytes],
         set_pairs: Callable[[int], bool],
         name: str,
+        queue_class: type[Virtqueue] = Virtqueue,
     ) -> None:
         self._look = look
         self._set_pairs = set_pairs
         self._taken = 0
-        self.queue = Virtqueue(
+        self.queue = queue_class(
             index, size, 1 << feat.F_VERSION_1, pool, Kick.call(lambda _: self._answer_all()), name=name
         )
 

@@ -76,14 +76,17 @@ class Ring:
         features: int,
         pool: DmaPool,
         name: str,
-        mode: str,
         check: Callable[[], None],
+        *,
+        kind: type[Virtqueue],
+        polled: bool,
     ) -> Self:
         """A fresh ring.
 
         Args:
-            mode: ``poll`` gives the queue no interrupt.
             check: called by waiters; raises once the back end is gone.
+            kind: class of the queue.
+            polled: it has no interrupt.
         """
         with contextlib.ExitStack() as undo:
             fds = []
@@ -91,14 +94,13 @@ class Ring:
                 fds.append(SYSTEM.eventfd())
                 undo.callback(SYSTEM.close, fds[-1])
             kick, call, error = fds
-            kind = PolledQueue if mode == "poll" else Virtqueue
             queue = kind(
                 index,
                 size,
                 features,
                 pool,
                 Kick.eventfd(kick),
-                interrupt_fd=None if mode == "poll" else call,
+                interrupt_fd=None if polled else call,
                 acknowledge=check,
                 name=name,
             )

@@ -36,9 +36,12 @@ def interface(name: str, description: str = "") -> bytes:
     return block(INTERFACE_DESCRIPTION, struct.pack("<HHI", LINKTYPE_ETHERNET, 0, 0), options)
 
 
-def packet(number: int, nanoseconds: int, frame: bytes, direction: int, comment: str = "") -> bytes:
-    """A frame as it crossed interface ``number``, with a comment."""
-    head = struct.pack("<IIIII", number, nanoseconds >> 32, nanoseconds & 0xFFFFFFFF, len(frame), len(frame))
+def packet(
+    number: int, nanoseconds: int, frame: bytes, direction: int, comment: str = "", *, length: int = 0
+) -> bytes:
+    """A frame as it crossed interface ``number``, with a comment; ``length`` where it was longer."""
+    original = max(length, len(frame))
+    head = struct.pack("<IIIII", number, nanoseconds >> 32, nanoseconds & 0xFFFFFFFF, len(frame), original)
     options = [(OPT_COMMENT, comment.encode()), (EPB_FLAGS, struct.pack("<I", direction))]
     return block(ENHANCED_PACKET, head + padded(frame), options)
 
