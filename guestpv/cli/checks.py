@@ -17,6 +17,7 @@ from ..opener import open as open_transport
 from ..spec import features as feat
 from ..system import SYSTEM, System
 from ..vfio.survey import DEVICES, VFIO_DRIVER, Function, look_up, not_viable, survey
+from .checks_migration import UNSEEN, obstacles
 
 Verdict = Literal["ok", "warn", "fail"]
 
@@ -223,6 +224,15 @@ def memlock(system: System) -> Check:
     )
 
 
+def migration(system: System) -> Check:
+    """Live migration, as far as a guest can tell."""
+    found = list(obstacles(system))
+    if not found:
+        return Check("live migration", "ok", UNSEEN)
+    texts, mends = zip(*found, strict=True)
+    return Check("live migration", "warn", "; ".join(texts), "\n".join(mends))
+
+
 def _capable(capability: int, system: System) -> bool:
     match = re.search(r"^CapEff:\s*([0-9a-f]+)", system.read_text("/proc/self/status"), re.MULTILINE)
     return bool(match and int(match[1], 16) >> capability & 1)
@@ -236,6 +246,7 @@ MACHINE: Final[tuple[Callable[[System], Check], ...]] = (
     container,
     memlock,
     tun,
+    migration,
 )
 
 

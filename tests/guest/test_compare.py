@@ -26,7 +26,7 @@ ACCESSES = {
 
 @pytest.mark.parametrize("kernel", ["6.1"], indirect=True)
 def test_what_a_packet_and_a_block_cost(kernel: str) -> None:
-    rows, _ = compared(kernel, 1, LONE, Progress(quiet=True))
+    rows, _ = compared(kernel, 0, LONE, Progress(quiet=True))
 
     def by(column: str) -> dict[Any, Any]:
         return {(row["kind"], row["device"], row["driver"], row["mode"]): row[column] for row in rows}
@@ -35,4 +35,3 @@ def test_what_a_packet_and_a_block_cost(kernel: str) -> None:
     polling = {key: count for key, count in by("interrupts").items() if key[3] == "poll"}
     assert set(polling.values()) == {0}
     assert all(row["iommu_accesses"] == 0 for row in rows if row["driver"] == "guestpv")
-    assert all(row["microseconds"] > 0 for row in rows)

@@ -78,6 +78,7 @@ def test_nothing_is_missing(machine: Machine) -> None:
     assert {check.verdict for check in result.values()} == {"ok"}
     assert set(result) == {
         *("kernel", "IOMMU", "interrupt remapping", "VFIO modules", "VFIO node", "locked memory", "TUN"),
+        "live migration",
         *(f"{NET} net", f"{NET} net group", f"{NET} net ACCESS_PLATFORM"),
     }
     assert found(machine, NET) == result
@@ -127,6 +128,35 @@ def test_interrupts_that_are_not_remapped(machine: Machine) -> None:
     assert found(machine)["interrupt remapping"].verdict == "warn"
     del machine.files["/sys/firmware/acpi/tables/APIC"]
     assert found(machine)["interrupt remapping"].verdict == "ok"
+
+
+@pytest.mark.parametrize(
+    ("files", "said", "mend"),
+    [
+        (
+            {"/proc/self/mountinfo": "22 1 0:5 / / rw - ext4 vda rw\n40 22 0:9 / /mnt/host rw - 9p host rw"},
+            "/mnt/host is a 9p share",
+            "umount /mnt/host",
+        ),
+        ({"/sys/class/iommu/ivhd0/uevent": ""}, "amd-iommu does not migrate", "intel-iommu"),
+        (
+            {
+                "/sys/bus/pci/devices/0000:05:00.0/vendor": "0x1b36",
+                "/sys/bus/pci/devices/0000:05:00.0/device": "0x0010",
+            },
+            "0000:05:00.0 is an NVMe controller",
+            "device_del",
+        ),
+    ],
+)
+def test_what_stands_in_the_way_of_a_migration(
+    machine: Machine, files: dict[str, str], said: str, mend: str
+) -> None:
+    assert checks.migration(machine).verdict == "ok"
+    assert "vfio-user" in checks.migration(machine).text
+    machine.files |= files
+    found = checks.migration(machine)
+    assert (found.verdict, said in found.text, mend in found.mend) == ("warn", True, True), found
 
 
 def test_modules(machine: Machine) -> None:
