@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import shlex
+import socket
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from ..errors import UsageError
 from .report import Report, reporting
 
 if TYPE_CHECKING:
@@ -34,6 +36,7 @@ Examples:
 @click.option("--case", "cases", multiple=True, metavar="NAME", help="Only this case; may be repeated.")
 @click.option("--shard", default="1/1", metavar="I/N", help="Only the I-th of N parts.")
 @click.option("--jobs", type=click.IntRange(1), default=1, help="Processes, each with a device of its own.")
+@click.option("--wire", default="", metavar="INTERFACE", help="The other end of a network device's cable.")
 @click.option("--junit", type=click.Path(dir_okay=False), metavar="FILE", help="Write JUnit XML.")
 @click.option("--html", type=click.Path(dir_okay=False), metavar="FILE", help="Write a page for a browser.")
 @reporting
@@ -45,6 +48,7 @@ def device(
     cases: tuple[str, ...],
     shard: str,
     jobs: int,
+    wire: str,
     junit: str | None,
     html: str | None,
 ) -> None:
@@ -58,12 +62,21 @@ def device(
     from ..conformance.report import now, versions
 
     catalogue.patterns(select)
+    if wire and wire not in (name for _, name in socket.if_nameindex()):
+        raise UsageError(f"there is no network interface {wire!r}", hint="ip -brief link")
     found = Findings(
         "device", spec, [], versions() | look(spec), now(), shlex.join(["guestpv", *sys.argv[1:]])
     )
     with progress(report) as tell:
         found.outcomes = runner.run(
-            spec, select=select, hostile=hostile, shard=shard, cases=cases, jobs=jobs, tell=tell
+            spec,
+            select=select,
+            hostile=hostile,
+            shard=shard,
+            cases=cases,
+            jobs=jobs,
+            wire=wire,
+            tell=tell,
         )
     if junit:
         from ..conformance.junit import junit as as_junit

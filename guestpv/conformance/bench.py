@@ -51,9 +51,14 @@ class Facts:
 
 
 class Bench:
-    """Opens devices. Of each PCI function one is open at a time, and kept while it is in order."""
+    """Opens devices. Of each PCI function one is open at a time, and kept while it is in order.
 
-    def __init__(self) -> None:
+    Args:
+        wire: network interface at the other end of a network device's cable.
+    """
+
+    def __init__(self, wire: str = "") -> None:
+        self._wire = wire
         self._open: tuple[Peer, WatchedFunction] | None = None
         self._facts: dict[str, Facts] = {}
 
@@ -112,7 +117,7 @@ class Bench:
             require_type(transport)
             # INTx is shared out by a thread.
             synchronous = synchronous and transport.mode != "intx"
-            rig = Rig(peer.spec, transport, case, synchronous=synchronous)
+            rig = Rig(peer.spec, transport, case, synchronous=synchronous, wire=self._wire)
             if not untouched:
                 transport.reset(rig.limit)
         except BaseException:

@@ -1,4 +1,4 @@
-"""The other end of a network device's cable: our own model's, or a TAP or datagram back end of QEMU."""
+"""The other end of a network device's cable: our model's, a back end of QEMU's, or any interface."""
 
 from __future__ import annotations
 
@@ -65,18 +65,23 @@ class ModelEnd:
         return found
 
 
-class TapEnd:
-    """A packet socket on the TAP interface that QEMU has the other side of.
+class LinkEnd:
+    """A packet socket on a network interface: a TAP that QEMU has the other side of, or any other.
 
-    The kernel keeps offloads whole both ways, as the interface's virtio header does.
+    Args:
+        name: the interface.
+        offloads: whether the kernel keeps offloads whole between here and the device, as over a TAP.
     """
 
-    def __init__(self, name: str, rig: Rig) -> None:
+    def __init__(self, name: str, rig: Rig, *, offloads: bool) -> None:
+        self._offloads = offloads
         try:
             self._socket = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(ETH_P_ALL))
         except PermissionError as error:
             raise Refused(
-                "packet sockets are for root", where=name, hint="run the checks as root, or use netdev=dgram"
+                "packet sockets are for root",
+                where=name,
+                hint="run the checks as root; QEMU's netdev=dgram needs no privilege",
             ) from error
         rig.undo.callback(self._socket.close)
         self._raise(name)
@@ -96,6 +101,8 @@ class TapEnd:
 
     def deliver(self, packet: Packet) -> None:
         """See ``End``."""
+        if packet.needs_csum and not self._offloads:
+            self._rig.case.not_observable("offloads do not get over this cable")
         kind = packet.gso_type | (net.GSO_ECN if packet.ecn else 0)
         header = VNET.pack(
             net.HDR_F_NEEDS_CSUM if packet.needs_csum else 0,
@@ -165,7 +172,8 @@ class DatagramEnd:
 def announce(rig: Rig) -> None:
     """Have QEMU's device ask its driver to announce itself, as it does after a migration."""
     inner = rig.function.inner
-    assert isinstance(inner, QtestFunction)
+    if not isinstance(inner, QtestFunction):
+        rig.case.not_observable("nobody here can make the device ask for an announcement")
     once = {"initial": 50, "max": 50, "rounds": 1, "step": 50}
     inner.machine.qemu.qmp.execute("announce-self", once)
     field = net.CONFIG["status"]
@@ -177,6 +185,8 @@ def announce(rig: Rig) -> None:
 
 def end_of(rig: Rig) -> End | None:
     """The cable's other end, None where nobody here holds it."""
+    if rig.wire:
+        return LinkEnd(rig.wire, rig, offloads=False)
     inner = rig.function.inner
     if isinstance(inner, SoftwareFunction):
         return ModelEnd(inner.model)
@@ -184,7 +194,7 @@ def end_of(rig: Rig) -> End | None:
         return None
     netdev = Spec.parse(rig.spec).params.get("netdev", "")
     if netdev.startswith("tap,") and (name := re.search(",ifname=([^,]+)", netdev)):
-        return TapEnd(name[1], rig)
+        return LinkEnd(name[1], rig, offloads=True)
     paths = re.findall(r",(?:local|remote)\.path=([^,]+)", netdev)
     if netdev.startswith("dgram,") and len(paths) == 2:
         theirs, ours = paths

@@ -19,6 +19,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="store_true",
         help="also malformed rings and requests: they can take a hypervisor down",
     )
+    group.addoption(
+        "--wire", default="", metavar="INTERFACE", help="what is at the other end of a network device's cable"
+    )
     group.addoption("--select", default="", metavar="IDS", help="requirements: DEV-SPLIT,DEV-BLK-0*")
     group.addoption("--shard", default="1/1", metavar="I/N", help="the I-th of N parts of the checks")
 

@@ -59,7 +59,7 @@ def pytest_configure(config: pytest.Config) -> None:
         "rings(*patterns): feature combinations of rings that the check is about, such as split-*",
     ):
         config.addinivalue_line("markers", line)
-    config.stash[BENCH] = Bench()
+    config.stash[BENCH] = Bench(config.getoption("--wire"))
     config.stash[PEERS] = [Peer(config.getoption("--device"))]
 
 
@@ -316,6 +316,8 @@ def _judge(item: pytest.Item, call: pytest.CallInfo[None]) -> Outcome:
     place = file.rpartition("/")[2] + bracket + parameters
     hostile = " --hostile" if item.get_closest_marker("hostile") else ""
     spec = shlex.quote(item.config.getoption("--device"))
+    if wire := item.config.getoption("--wire"):
+        spec += f" --wire {shlex.quote(wire)}"
     return Outcome(
         check=place,
         requirements=ids,

@@ -80,11 +80,15 @@ class Rig:
         synchronous: whether the device has done everything when a register access or a kick returns.
         limit: seconds that it may take for what it has to do.
         work: requests of its device type.
+        wire: network interface at the other end of the device's cable, empty for none.
         undo: what ``finish`` undoes, the last first.
     """
 
-    def __init__(self, spec: str, transport: Transport, case: Case, *, synchronous: bool) -> None:
+    def __init__(
+        self, spec: str, transport: Transport, case: Case, *, synchronous: bool, wire: str = ""
+    ) -> None:
         self.spec = spec
+        self.wire = wire
         self.transport = transport
         self.case = case
         self.synchronous = synchronous

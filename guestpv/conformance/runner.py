@@ -25,6 +25,7 @@ def run(
     shard: str = "1/1",
     cases: Sequence[str] = (),
     jobs: int = 1,
+    wire: str = "",
     tell: Callable[[Outcome], None] = lambda outcome: None,
     plugins: Sequence[object] = (),
 ) -> list[Outcome]:
@@ -37,6 +38,7 @@ def run(
         shard: ``I/N``.
         cases: names of single cases, as outcomes have them; all of them when none are named.
         jobs: processes, each with a device of its own: only where the scheme makes devices.
+        wire: network interface at the other end of a network device's cable.
         tell: called with each outcome as it comes.
         plugins: more pytest plugins.
 
@@ -59,6 +61,7 @@ def run(
         f"--device={spec}",
         f"--select={select}",
         f"--shard={shard}",
+        f"--wire={wire}",
         *(["--hostile"] if hostile else []),
         *([f"--numprocesses={jobs}"] if jobs > 1 else []),
         f"--config-file={os.devnull}",
