@@ -6,6 +6,7 @@ enum {
     HDR_F_DATA_VALID = 2,
     HDR_F_RSC_INFO = 4,
     GSO_TYPE = 1,
+    HDR_LEN = 2,
     GSO_SIZE = 4,
     CSUM_START = 6,
     CSUM_OFFSET = 8,
@@ -114,4 +115,12 @@ int32_t gpv_leave_checksum_open(uint8_t *header, uint8_t *frame, uint32_t size)
     int32_t changed = open_checksum(header, frame, size);
     /* Without a place for its checksum, what the coalescing device says of segments means nothing to anybody else. */
     return told & HDR_F_RSC_INFO && !changed ? -1 : changed;
+}
+
+/* hdr_len is a hint that nobody may rely on (5.1.9.4.2), and a TAP refuses frames for it. */
+void gpv_forget_wrong_length(uint8_t *header, uint32_t length)
+{
+    uint32_t told = header[HDR_LEN] | (uint32_t)header[HDR_LEN + 1] << 8;
+    if (told > length || told < ETHERNET_HEADER)
+        put_le16(header + HDR_LEN, 0);
 }

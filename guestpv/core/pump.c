@@ -104,6 +104,7 @@ static enum gpv_fate into_tap(void *user, struct iovec *frame, uint32_t fragment
     show(p, GPV_CAPTURED_RX, frame, fragments, bytes);
     if (gpv_leave_checksum_open(header, header + p->c.header, (uint32_t)frame[0].iov_len - p->c.header) < 0)
         return GPV_MALFORMED;
+    gpv_forget_wrong_length(header, bytes - p->c.header);
     do
         written = writev(p->c.tap_fd, frame, (int)fragments);
     while (written < 0 && errno == EINTR);

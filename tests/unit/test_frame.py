@@ -131,3 +131,11 @@ def test_a_size_that_the_device_gave_is_kept_and_a_lone_segment_is_none() -> Non
 def test_what_cannot_have_been_joined_is_refused(frame: bytes) -> None:
     changed, _, data = treat(frame, RSC, told=(net.GSO_TCPV4, 0, 0, 3, 0, 1))
     assert (changed, data) == (-1, frame)
+
+
+@pytest.mark.requirement("DRV-NET-79")
+@pytest.mark.parametrize(("told", "kept"), [(0, 0), (13, 0), (14, 14), (60, 60), (61, 0), (0xFFFF, 0)])
+def test_a_header_length_that_cannot_be_is_forgotten(told: int, kept: int) -> None:
+    header = ffi.new("uint8_t[12]", struct.pack("<BBHHHHH", 0, 0, told, 1, 2, 3, 4))
+    lib.gpv_forget_wrong_length(header, 60)
+    assert struct.unpack("<BBHHHHH", bytes(ffi.buffer(header))) == (0, 0, kept, 1, 2, 3, 4)
