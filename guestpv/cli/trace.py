@@ -32,8 +32,20 @@ In a program:
 FILE = click.Path(dir_okay=False, path_type=Path)
 
 
+class WithReplay(click.Command):
+    """A command whose words are another verb's, but for one that is its own; documents show both."""
+
+    @property
+    def beside(self) -> dict[str, click.Command]:
+        """The command of its own."""
+        from .trace_replay import replay
+
+        return {"replay": replay}
+
+
 @click.command(
     "trace",
+    cls=WithReplay,
     epilog=EXAMPLE,
     context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False},
 )
@@ -119,6 +131,8 @@ def trace(
         data["jsonl"] = str(jsonl)
     if pcapng:
         data |= _frames(pcapng, recorder)
+    if not recorder.devices and {"-h", "--help"} & set(words):
+        context.exit(code)
     if not recorder.devices and not code:
         raise UsageError(
             f"{' '.join(words)} opened no device: there is nothing to trace",

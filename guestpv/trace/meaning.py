@@ -183,7 +183,7 @@ def _console_added(queue: int, features: int, buffer: Buffer) -> str:
 
 
 def _console_taken(queue: int, features: int, buffer: Buffer, written: bytes, length: int) -> str:
-    return "written" if queue % 2 else repr(written)[1:]
+    return "sent" if queue % 2 else repr(written)[1:]
 
 
 def _nothing_added(queue: int, features: int, buffer: Buffer) -> str:

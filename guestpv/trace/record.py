@@ -153,6 +153,14 @@ class Recorder:
             for sink in self._sinks:
                 sink(event)
 
+    def told(self, *beginnings: str) -> list[str]:
+        """Texts, with their sections, of all events or of those whose text begins so."""
+        return [
+            f"{event.text}  [{event.section}]"
+            for event in self.events
+            if not beginnings or event.text.startswith(beginnings)
+        ]
+
     def head(self) -> dict[str, Any]:
         """The first line of a record."""
         return {"schema": SCHEMA, "standard": STANDARD, "began": self.began}

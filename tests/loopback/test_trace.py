@@ -208,7 +208,7 @@ def test_the_verbs_exit_code_and_output_are_its_own(tmp_path: Path) -> None:
         (("nonsense",), "no verb that can be traced"),
         (("trace", "info", "loopback:net"), "no verb that can be traced"),
         (("net", "up", "loopback:net", "--detach"), "background"),
-        (("vectors", "--help"), "opened no device"),
+        (("explain", "features-ok"), "opened no device"),
     ],
 )
 def test_what_cannot_be_traced_is_refused(words: tuple[str, ...], why: str) -> None:

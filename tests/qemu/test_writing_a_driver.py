@@ -24,12 +24,12 @@ def is_needed(block: Block) -> bool:
 @pytest.mark.parametrize("part", ["Part 1: entropy", "Part 2: a console"])
 def test_the_driver_of_a_part_drives_qemus_device(part: str, tmp_path: Path) -> None:
     names: dict[str, object] = {}
-    exec("import guestpv\nSPEC = 'loopback:rng'", names)
+    exec("import guestpv\nfrom guestpv.trace import Recorder\nSPEC = 'loopback:rng'", names)
     changes = [
         ("/tmp/console.sock", str(tmp_path / "c.sock")),
         (
-            "with guestpv.open(SPEC)",
-            f"with guestpv.open(SPEC + ('&' if '?' in SPEC else '?') + 'qemu={quote(EXECUTABLE)}')",
+            "with guestpv.open(SPEC,",
+            f"with guestpv.open(SPEC + ('&' if '?' in SPEC else '?') + 'qemu={quote(EXECUTABLE)}',",
         ),
     ]
     seen = 0

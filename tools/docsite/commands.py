@@ -27,11 +27,14 @@ def _below(context: click.Context) -> Iterator[click.Context]:
         for name in command.list_commands(context):
             child = command.get_command(context, name)
             if child is not None and not child.hidden:
-                yield from _below(
-                    click.Context(
-                        child, context, info_name=name, terminal_width=WIDTH, max_content_width=WIDTH
-                    )
-                )
+                yield from _below(_context(child, context, name))
+    for name, child in getattr(command, "beside", {}).items():
+        # Not below its command in click's eyes, whose arguments would be part of its path then.
+        yield from _below(_context(child, context.parent, f"{context.info_name} {name}"))
+
+
+def _context(command: click.Command, parent: click.Context | None, name: str) -> click.Context:
+    return click.Context(command, parent, info_name=name, terminal_width=WIDTH, max_content_width=WIDTH)
 
 
 def help_of(context: click.Context) -> str:
