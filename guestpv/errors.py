@@ -80,6 +80,12 @@ class DeviceGone(GuestpvError):
     code = "device-gone"
 
 
+class BackEndGone(DeviceGone):
+    """The back end at the other end of a socket ended; another one may take its place."""
+
+    code = "back-end-gone"
+
+
 class QueueFull(GuestpvError):
     """No descriptors are left for the buffer; reap completions first."""
 

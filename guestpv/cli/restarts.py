@@ -9,21 +9,21 @@ from typing import Any, Final
 
 import click
 
-from ..errors import DeviceViolation, FeaturesRefused, GuestpvError, TimeLimit
+from ..errors import BackEndGone, DeviceViolation, FeaturesRefused, GuestpvError, TimeLimit
 
 MOST: Final = 5
 PERIOD: Final = 600.0
 """So many restarts within so many seconds are the end: what breaks again at once is not mended by a reset."""
 PAUSE: Final = 0.1
 """Seconds before a restart that did not work is tried again; twice as long each time."""
-MENDABLE: Final = (DeviceViolation, TimeLimit, FeaturesRefused)
+MENDABLE: Final = (DeviceViolation, TimeLimit, FeaturesRefused, BackEndGone)
 """What a reset may mend: a device that asks for one, that broke its rings, that answers no more, or that is
-still coming up again."""
+still coming up again, as a new back end may be."""
 
 option: Final = click.option(
     "--restart",
     is_flag=True,
-    help="Reset the device and go on when it breaks or asks for a reset, at most "
+    help="Reset the device and go on when it breaks, asks for a reset or gets another back end, at most "
     f"{MOST} times in {PERIOD / 60:g} minutes.",
 )
 

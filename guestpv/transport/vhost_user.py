@@ -12,7 +12,7 @@ import threading
 import time
 from typing import Final
 
-from ..errors import DeviceGone, GuestpvError, Refused, UsageError
+from ..errors import BackEndGone, DeviceGone, GuestpvError, Refused, UsageError
 from ..memory import DmaPool
 from ..spec import balloon, blk, net
 from ..spec import features as feat
@@ -59,6 +59,9 @@ CONFIG_BORNE: Final = {
 
 CONTROL: Final = feat.mask((net.F_CTRL_VQ, net.F_MQ))
 """Features that the front end brings for a back end with several queue pairs."""
+
+REVIVE_LIMIT: Final = 3.0
+"""Seconds that ``revive`` waits for a back end that was started again."""
 
 PAIRS_FIELD: Final = net.CONFIG["max_virtqueue_pairs"]
 
@@ -130,14 +133,15 @@ class VhostUserTransport(Transport):
         """The session, made anew where there is none.
 
         Raises:
-            DeviceGone: the back end died while the device was in use.
+            BackEndGone: the back end died while the device was in use.
         """
         if self.session is not None:
             if self.session.death:
-                raise DeviceGone(
+                raise BackEndGone(
                     self.session.death,
                     where=self.name,
-                    hint="start the back end again; a program can go on with reconnect()",
+                    hint="start the back end again; `up --restart` goes on with it, a program with "
+                    "restart() or reconnect()",
                 )
             return self.session
         session = self.session_class(self.path, self._config_changed, self._died)
@@ -477,6 +481,19 @@ class VhostUserTransport(Transport):
             session.tell(Request.SET_STATUS, U64(self._local_status))
         again, self._unsubmitted = self._unsubmitted, {}
         return again
+
+    def revive(self) -> None:
+        super().revive()
+        try:
+            self._await_backend(REVIVE_LIMIT)
+        except Refused:
+            raise
+        except GuestpvError as error:
+            raise BackEndGone(
+                f"no back end has taken the place of the one that ended: {error.message}",
+                where=self.name,
+                hint=error.hint,
+            ) from error
 
     def _await_backend(self, timeout: float) -> None:
         deadline = time.monotonic() + timeout

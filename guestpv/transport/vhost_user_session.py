@@ -10,7 +10,7 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Final, TypeVar
 
-from ..errors import DeviceGone, GuestpvError, TimeLimit
+from ..errors import BackEndGone, DeviceGone, GuestpvError, TimeLimit
 from ..system import SYSTEM, System
 from ..wire import unix
 from ..wire import vhost_user as wire
@@ -173,7 +173,7 @@ class Session:
 
     def _send(self, message: Message) -> None:
         if self.death:
-            raise DeviceGone(self.death, where=self.name)
+            raise BackEndGone(self.death, where=self.name)
         with self._explaining():
             self._channel.send(message)
 
@@ -182,8 +182,7 @@ class Session:
         try:
             yield
         except DeviceGone as error:
-            error.hint = error.hint or HUNG_UP
-            raise
+            raise BackEndGone(error.message, where=error.where, hint=error.hint or HUNG_UP) from error
 
     def _exchange(
         self, request: Request, payload: AnyPayload | None, fds: tuple[int, ...], flags: int = 0

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -31,17 +32,27 @@ with urllib.request.urlopen("http://{PASST_GATEWAY}:{PORT}/data", timeout=120) a
 def network(tmp_path: Path) -> Iterator[Backend]:
     """A passt with a web server on the loopback of its namespace."""
     (tmp_path / "data").write_bytes(DATA)
-    with passt(tmp_path / "passt.sock", tree.get("peers")) as backend:
-        inside = ["nsenter", f"--target={backend.pid}", "--net"]
-        if os.geteuid():
-            inside += ["--user", "--preserve-credentials"]
-        command = [*inside, sys.executable, "-m", "http.server", str(PORT), "--bind", "127.0.0.1"]
-        with subprocess.Popen(
-            command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=UNBUFFERED
-        ) as server:
+    with passt(tmp_path / "passt.sock", tree.get("peers")) as backend, web_server(backend, tmp_path):
+        yield backend
+
+
+def inside(process: int) -> list[str]:
+    """A command that runs in the namespaces of a process."""
+    command = ["nsenter", f"--target={process}", "--net"]
+    return command if os.geteuid() == 0 else [*command, "--user", "--preserve-credentials"]
+
+
+@contextmanager
+def web_server(backend: Backend, directory: Path) -> Iterator[None]:
+    command = [*inside(backend.pid), sys.executable, "-m", "http.server", str(PORT), "--bind", "127.0.0.1"]
+    with subprocess.Popen(
+        command, cwd=directory, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=UNBUFFERED
+    ) as server:
+        try:
             assert server.stdout is not None
             assert b"Serving" in server.stdout.readline()
-            yield backend
+            yield
+        finally:
             server.kill()
 
 
@@ -90,3 +101,39 @@ def test_a_network_that_ends_in_use_is_said(network: Backend, tmp_path: Path) ->
     assert "the back end closed the connection" in said
     assert str(network.socket) in said
     assert "start the back end again" in said
+
+
+def test_a_network_that_comes_back_is_taken_again(network: Backend, tmp_path: Path) -> None:
+    """With --restart the link, with its address, outlives the back end."""
+    command = [*UNSHARE, sys.executable, "-m", "guestpv", "net", "up", f"vhost-user:net:{network.socket}"]
+    environment = UNBUFFERED | {
+        "RUNTIME_DIRECTORY": str(tmp_path / "run"),
+        "PYTHONPATH": str(Path(__file__).resolve().parents[2]),
+    }
+    said = ""
+    with subprocess.Popen(
+        [*command, "--restart"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
+    ) as link:
+
+        def hear(words: str) -> None:
+            nonlocal said
+            assert link.stdout is not None
+            while words not in said:
+                line = link.stdout.readline()
+                assert line, said
+                said += line
+
+        try:
+            hear("Up. Ctrl-C")
+            network.kill()
+            hear("restart 1: ")
+            network.start()
+            hear("the device was reset and goes on")
+            with web_server(network, tmp_path):
+                fetch = [*inside(link.pid), sys.executable, "-c", FETCH]
+                fetched = subprocess.run(fetch, capture_output=True, text=True, timeout=600)
+            assert fetched.stdout.strip() == hashlib.sha256(DATA).hexdigest(), fetched.stderr
+        finally:
+            link.terminate()
+            said += link.communicate(timeout=120)[0]
+    assert link.returncode == 0, said
