@@ -35,7 +35,12 @@ Examples:
 )
 @click.option("--case", "cases", multiple=True, metavar="NAME", help="Only this case; may be repeated.")
 @click.option("--shard", default="1/1", metavar="I/N", help="Only the I-th of N parts.")
-@click.option("--jobs", type=click.IntRange(1), default=1, help="Processes, each with a device of its own.")
+@click.option(
+    "--jobs",
+    type=click.IntRange(1),
+    default=1,
+    help="Processes, each with a device of its own; {job} in SPEC is the number of one.",
+)
 @click.option("--wire", default="", metavar="INTERFACE", help="The other end of a network device's cable.")
 @click.option("--junit", type=click.Path(dir_okay=False), metavar="FILE", help="Write JUnit XML.")
 @click.option("--html", type=click.Path(dir_okay=False), metavar="FILE", help="Write a page for a browser.")
@@ -64,6 +69,9 @@ def device(
     catalogue.patterns(select)
     if wire and wire not in (name for _, name in socket.if_nameindex()):
         raise UsageError(f"there is no network interface {wire!r}", hint="ip -brief link")
+    for file in (junit, html):
+        if file and not Path(file).absolute().parent.is_dir():
+            raise UsageError("there is no such directory", where=str(Path(file).parent))
     found = Findings(
         "device", spec, [], versions() | look(spec), now(), shlex.join(["guestpv", *sys.argv[1:]])
     )
@@ -96,7 +104,7 @@ def look(spec: str) -> dict[str, str]:
     from .. import opener
     from ..conformance.rig import require_type
 
-    with opener.open(spec) as transport:
+    with opener.open(spec.replace("{job}", "0")) as transport:
         require_type(transport)
         machine = getattr(getattr(transport, "function", None), "machine", None)
         if machine is None:

@@ -39,6 +39,7 @@ def html(report: Report) -> str:
     sections = []
     for area in areas:
         here = [outcome for outcome in report.outcomes if outcome.area == area]
+        here.sort(key=lambda outcome: not outcome.bad)
         rows = "".join(_row(outcome, report.outcomes.index(outcome)) for outcome in here)
         sections.append(f"<section><h2>{escape(area)} <span>{len(here)} checks</span></h2>{rows}</section>")
     page = Template(files(__package__).joinpath(PAGE).read_text(encoding="utf-8"))
@@ -46,7 +47,8 @@ def html(report: Report) -> str:
         title=escape(f"Conformance of a {report.side}: {report.subject}"),
         facts=text,
         counts="".join(
-            f'<label class="{CLASS[Verdict(name)]}"><input type="checkbox" value="{name}" checked>'
+            f'<label class="{CLASS[Verdict(name)]}" title="Double click: these only">'
+            f'<input type="checkbox" value="{name}" checked>'
             f"<b>{count}</b> {name}</label>"
             for name, count in report.counts.items()
         ),

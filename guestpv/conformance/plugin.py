@@ -37,6 +37,8 @@ from .watched import WatchedFunction
 
 CASE_LIMIT: Final = 120.0
 """Seconds until a case that never ends is ended."""
+JOB: Final = "{job}"
+"""Stands for the number of the process in a specification."""
 PROPERTY: Final = "guestpv.outcome"
 """Name of the user property of a test report that carries the outcome."""
 
@@ -60,7 +62,8 @@ def pytest_configure(config: pytest.Config) -> None:
     ):
         config.addinivalue_line("markers", line)
     config.stash[BENCH] = Bench(config.getoption("--wire"))
-    config.stash[PEERS] = [Peer(config.getoption("--device"))]
+    job = getattr(config, "workerinput", {}).get("workerid", "gw0").removeprefix("gw")
+    config.stash[PEERS] = [Peer(config.getoption("--device").replace(JOB, job))]
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:

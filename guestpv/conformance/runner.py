@@ -37,7 +37,8 @@ def run(
         hostile: whether to give it malformed rings and requests, too.
         shard: ``I/N``.
         cases: names of single cases, as outcomes have them; all of them when none are named.
-        jobs: processes, each with a device of its own: only where the scheme makes devices.
+        jobs: processes, each with a device of its own: only where the scheme makes devices. ``{job}`` in
+            ``spec`` becomes the number of the process, so that each can have a disk image of its own.
         wire: network interface at the other end of a network device's cable.
         tell: called with each outcome as it comes.
         plugins: more pytest plugins.
@@ -82,10 +83,15 @@ def run(
     if status == pytest.ExitCode.USAGE_ERROR:
         problem = [line for line in said.getvalue().splitlines() if line.startswith("ERROR: ")]
         raise UsageError(problem[-1].removeprefix("ERROR: ") if problem else said.getvalue().strip())
-    if status not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):
+    if collector.broken:
+        several = "each job opens a device of its own: give each its file with {job}, as in disk{job}.img"
+        raise GuestpvError(
+            f"the checks could not run: {collector.broken[0]}", where=spec, hint=several if jobs > 1 else ""
+        )
+    if status not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED) or not collector.outcomes:
         last = [line for line in said.getvalue().splitlines() if line.strip()][-20:]
         raise GuestpvError("the checks could not run: " + "\n".join(last))
-    return collector.outcomes
+    return sorted(collector.outcomes, key=lambda outcome: collector.order.get(outcome.check, 0))
 
 
 class _Collector:
@@ -93,7 +99,20 @@ class _Collector:
 
     def __init__(self, tell: Callable[[Outcome], None]) -> None:
         self.outcomes: list[Outcome] = []
+        self.broken: list[str] = []
+        self.order: dict[str, int] = {}
         self._tell = tell
+
+    def pytest_collectreport(self, report: Any) -> None:
+        if report.failed:
+            lines = [line for line in str(report.longrepr).splitlines() if line.strip()]
+            self.broken.append(lines[-1].removeprefix("E").strip() if lines else report.nodeid)
+
+    def pytest_xdist_node_collection_finished(self, ids: Sequence[str]) -> None:
+        self.order = {name.rpartition("/")[2]: place for place, name in enumerate(ids)}
+
+    # Only with xdist there is such a hook.
+    pytest_xdist_node_collection_finished.pytest_impl = {"optionalhook": True}  # type: ignore[attr-defined]
 
     def pytest_runtest_logreport(self, report: Any) -> None:
         from .plugin import outcomes_of

@@ -115,6 +115,23 @@ def test_what_makes_no_sense_is_refused(words: list[str], complaint: str) -> Non
     assert complaint in done.stderr
 
 
+def test_each_job_has_a_device_of_its_own(tmp_path: Path) -> None:
+    for number in range(2):
+        (tmp_path / f"disk{number}").write_bytes(bytes(1 << 20))
+    spec = f"loopback:blk?file={tmp_path}/disk{{job}}"
+    select = ("--select", "DEV-RESET,DEV-STATUS")
+    two = [o["check"] for o in report(spec, *select, "--jobs", "2")["outcomes"]]
+    assert two == [o["check"] for o in report(spec, *select)["outcomes"]]
+    (tmp_path / "disk1").unlink()
+    done = conform(spec, *select, "--jobs", "2")
+    assert done.returncode == 1
+    assert "the checks could not run" in done.stderr
+    assert "{job}" in done.stderr
+    done = conform("loopback:rng", "--html", str(tmp_path / "nowhere" / "out.html"))
+    assert done.returncode == 2
+    assert "no such directory" in done.stderr
+
+
 def test_without_pytest_the_hint_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runner, "find_spec", lambda name: None)
     with pytest.raises(UsageError) as caught:
