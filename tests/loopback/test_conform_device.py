@@ -48,9 +48,6 @@ def report(*words: str) -> dict[str, Any]:
     [
         "loopback:rng",
         "loopback:blk?packed=on&in_order=on",
-        "loopback:blk?size=1M&zoned=64K&conventional=1&max_open=3&max_active=4&max_append=8K&granularity=1K"
-        "&read_only_zones=1&offline_zones=1",
-        "loopback:blk?size=1M&zoned=64K&aware=on",
         "loopback:net?packed=on&notification_data=on&multiplier=0&pairs=2&mtu=1400&offer=%2Brss,%2Bhash_report",
         "loopback:balloon?packed=on",
     ],
@@ -62,6 +59,20 @@ def test_our_own_devices_are_in_order(spec: str) -> None:
     assert data["ok"]
     assert data["counts"]["PASS"] > 50
     assert all(o["seen"] for o in data["outcomes"] if o["verdict"] != "PASS"), "a verdict without a reason"
+
+
+@pytest.mark.parametrize(
+    ("options", "passed"),
+    [
+        ("conventional=1&max_open=3&max_active=4&granularity=1K&read_only_zones=1&offline_zones=1", 30),
+        ("max_append=0&size_max=4096&seg_max=4&packed=on", 50),
+        ("aware=on", 15),
+    ],
+)
+def test_our_own_zoned_disks_are_in_order(options: str, passed: int) -> None:
+    data = report(f"loopback:blk?size=1M&zoned=64K&{options}", "--hostile", "--select", "DEV-BLK")
+    assert [o for o in data["outcomes"] if o["verdict"] not in ("PASS", "SKIP")] == []
+    assert data["counts"]["PASS"] >= passed
 
 
 def test_a_fault_is_reported_in_every_form(tmp_path: Path) -> None:

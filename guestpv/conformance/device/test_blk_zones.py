@@ -17,7 +17,7 @@ SEQUENTIAL = (blk.ZT_SWR, blk.ZT_SWP)
 LIVE = (blk.ZS_IOPEN, blk.ZS_EOPEN, blk.ZS_CLOSED)
 KNOWN_STATES = (*range(blk.ZS_NOT_WP, blk.ZS_CLOSED + 1), blk.ZS_RDONLY, blk.ZS_FULL, blk.ZS_OFFLINE)
 LACKING = (blk.S_ZONE_OPEN_RESOURCE, blk.S_ZONE_ACTIVE_RESOURCE)
-MOST_BYTES = 1 << 20
+MOST_BYTES = 2 << 20
 """Longest request that is tried."""
 MOST_ZONES = 64
 """Limits of open and active zones beyond which they are not tried."""
