@@ -58,6 +58,36 @@ def newest_qemu(home: Path) -> Path:
     return tree.get("qemu").qemu(home)
 
 
+def rows_of(kind: str) -> list[str]:
+    """The requirements that drivers of a device type are judged by."""
+    areas = ("common", "pci", "split", "packed", kind)
+    return [row.id for row in catalogue.observable("driver").values() if row.area in areas]
+
+
+def known_versions() -> dict[str, str]:
+    """What a published report names of this side."""
+    return {name: version for name, version in versions().items() if name != "system"}
+
+
+def write_report(
+    out: Path, name: str, run: Run, known: dict[str, str], begun: str, command: str, note: str
+) -> None:
+    """Write a run to ``out``/``name``.txt, and print what it found."""
+    report = Report("driver", name, run.outcomes(), known, begun, command, note)
+    with (out / f"{name}.txt").open("w", encoding="utf-8") as file:
+        paper = Console(file=file, width=160, emoji=False)
+        for part in report.text(verbose=1):
+            paper.print(part)
+    print(name, report.counts)
+    for outcome in report.outcomes:
+        if outcome.bad:
+            print(
+                f"  {outcome.requirements} {outcome.sent}: {outcome.seen}",
+                *outcome.evidence[-8:],
+                sep="\n    ",
+            )
+
+
 def attachment(path: str, slot: int, **properties: object) -> str:
     """QEMU's ``-device`` for a server's socket; its place is fixed, as functions on the root bus need one."""
     device = {
@@ -115,12 +145,7 @@ class StrictGuest:
         self._home = home
         self._stack = ExitStack()
         self.functions: dict[str, SoftwareFunction] = {}
-        self.firmware = self._run("blk")
-
-    @staticmethod
-    def _run(kind: str) -> Run:
-        areas = ("common", "pci", "split", "packed", kind)
-        return Run([row.id for row in catalogue.observable("driver").values() if row.area in areas])
+        self.firmware = Run(rows_of("blk"))
 
     def __enter__(self) -> Self:
         with ExitStack() as stack:
@@ -177,7 +202,7 @@ class StrictGuest:
         Returns:
             What the scenarios said. Scenarios of ``HANGS`` are left out.
         """
-        run = self._run(kind)
+        run = Run(rows_of(kind))
         chosen = [entry for entry in choose(names, kind) if entry.served and entry.name not in HANGS]
         lives = self._lives(kind, chosen, run)
         for _ in chosen:
@@ -280,8 +305,7 @@ def main() -> None:
         StrictGuest(options.kernel, Path(home)) as guest,
     ):
         qemu = guest.vm.qmp("query-version")["qemu"]
-        known = {name: version for name, version in versions().items() if name != "system"}
-        known |= {
+        known = known_versions() | {
             "qemu": ".".join(str(qemu[part]) for part in ("major", "minor", "micro")),
             "linux": guest.release,
         }
@@ -290,15 +314,7 @@ def main() -> None:
             runs[f"linux-{options.kernel}-{kind}"] = guest.drive(kind, options.scenario)
     command = f"python -m strictguest --kernel {options.kernel}"
     for name, run in runs.items():
-        report = Report("driver", name, run.outcomes(), known, begun, command, NOTE)
-        with (options.out / f"{name}.txt").open("w", encoding="utf-8") as file:
-            paper = Console(file=file, width=160, emoji=False)
-            for part in report.text(verbose=1):
-                paper.print(part)
-        print(name, report.counts)
-        for outcome in report.outcomes:
-            if outcome.bad:
-                print(f"  {outcome.requirements} {outcome.sent}: {outcome.seen}")
+        write_report(options.out, name, run, known, begun, command, NOTE)
 
 
 if __name__ == "__main__":

@@ -12,20 +12,18 @@ import time
 from pathlib import Path
 from typing import Final
 
-from rich.console import Console
-
 from bench_suite.blk import build_peer
 from bench_suite.contest import package_version
 from bench_suite.testpmd import Testpmd
-from guestpv.conformance import catalogue
 from guestpv.conformance.driver.listen import Lives
 from guestpv.conformance.driver.run import Run
 from guestpv.conformance.driver.scenarios import choose
-from guestpv.conformance.report import Report, now, versions
+from guestpv.conformance.report import now
 from guestpv.devices.loopback import make_model
 from guestpv.serve.vhost_user import VhostUserServer
 from guestpv.spec import features as ft
 from peers import tree
+from strictguest import known_versions, rows_of, write_report
 
 DEVICES: Final = {"libblkio-blk": ("blk", {"size": "64M"}), "dpdk-virtio-user-net": ("net", {"peer": "echo"})}
 LIBRARY: Final = {"libblkio": "blkio", "dpdk": "libdpdk"}
@@ -59,8 +57,7 @@ def main() -> None:
     options = parser.parse_args()
     peers = tree.get("peers")
     for name, (kind, params) in DEVICES.items():
-        areas = ("common", "pci", "split", "packed", kind)
-        run = Run([row.id for row in catalogue.observable("driver").values() if row.area in areas])
+        run = Run(rows_of(kind))
         begun = now()
         with tempfile.TemporaryDirectory(prefix="strict-") as home:
             server = VhostUserServer(make_model(kind, params), f"{home}/s", offer=1 << ft.F_RING_PACKED)
@@ -69,21 +66,8 @@ def main() -> None:
                 (drive_blk if kind == "blk" else drive_net)(server.path)
             lives.finish()
         program = name.partition("-")[0]
-        known = {name: version for name, version in versions().items() if name != "system"}
-        known |= {program: package_version(peers, LIBRARY[program])}
-        report = Report("driver", name, run.outcomes(), known, begun, "python -m strictusers", NOTE)
-        with (options.out / f"{name}.txt").open("w", encoding="utf-8") as file:
-            paper = Console(file=file, width=160, emoji=False)
-            for part in report.text(verbose=1):
-                paper.print(part)
-        print(name, report.counts)
-        for outcome in report.outcomes:
-            if outcome.bad:
-                print(
-                    f"  {outcome.requirements} {outcome.sent}: {outcome.seen}",
-                    *outcome.evidence[-8:],
-                    sep="\n    ",
-                )
+        known = known_versions() | {program: package_version(peers, LIBRARY[program])}
+        write_report(options.out, name, run, known, begun, "python -m strictusers", NOTE)
 
 
 if __name__ == "__main__":

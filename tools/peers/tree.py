@@ -4,6 +4,7 @@ Nothing is installed and no root is needed: apt resolves and downloads with opti
 dpkg-deb unpacks.
 """
 
+import gzip
 import os
 import shlex
 import shutil
@@ -63,12 +64,12 @@ RECIPES = {
             "librte-mempool-ring25",
         ),
     ),
-    "qemu": Recipe("trixie-backports", ("qemu-system-x86", "qemu-utils")),
+    "qemu": Recipe("trixie-backports", ("qemu-system-x86", "qemu-utils", "ovmf", "ipxe", "u-boot-qemu")),
     "qemu-10": Recipe("trixie", ("qemu-system-x86",)),
     "aarch64": Recipe("trixie", ("python3", "libstdc++6", "libudev1"), "arm64"),
 }
-"""Name -> recipe: the peers that tests and benchmarks run against, the newest QEMU, Debian 13's own QEMU, and
-a Python to try the aarch64 wheel with."""
+"""Name -> recipe: the peers that tests and benchmarks run against, the newest QEMU with firmware, Debian 13's
+own QEMU, and a Python to try the aarch64 wheel with."""
 
 
 @dataclass(frozen=True)
@@ -103,6 +104,11 @@ class Tree:
         age = (self.root / "usr" / "bin" / name).stat().st_mtime_ns
         os.utime(script, ns=(age, age))
         return script
+
+    def version(self, package: str) -> str:
+        """The version of a package of the tree, from its changelog."""
+        with gzip.open(self.root / "usr" / "share" / "doc" / package / "changelog.Debian.gz", "rt") as text:
+            return text.readline().partition("(")[2].partition(")")[0]
 
 
 def get(name: str, *, refresh: bool = False) -> Tree:

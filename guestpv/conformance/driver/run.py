@@ -69,7 +69,8 @@ class Run:
         if bad:
             scenario, result = bad[0]
             outcome.severity = severity(verdict, [requirement])
-            outcome.sent = f"scenario {', '.join(name for name, _ in bad[:MOST_FINDINGS])}"
+            names = list(dict.fromkeys(name for name, _ in bad))
+            outcome.sent = f"scenario {', '.join(names[:MOST_FINDINGS])}"
             outcome.seen = "; ".join(dict.fromkeys(str(f.message) for f in result.findings[:MOST_FINDINGS]))
             outcome.evidence = [str(event) for event in result.findings[0].evidence]
             outcome.reproduce = f"{self.reproduce} --scenario {scenario}" if self.reproduce else ""
