@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import random
+import time
 from collections.abc import Callable
 from queue import Empty, Queue
 from typing import Any, Final
@@ -15,7 +16,7 @@ from ...devices.ring import Chain
 from ...drivers.balloon import Balloon
 from ...drivers.blk import Blk
 from ...drivers.rng import Rng
-from ...errors import GuestpvError
+from ...errors import GuestpvError, TimeLimit
 from ...spec import balloon as balloon_spec
 from ...spec import blk as blk_spec
 from ...spec import features as ft
@@ -31,6 +32,8 @@ PAGES: Final = 0x102
 """A number that reads otherwise in the wrong byte order."""
 BLOCK: Final = 4096
 MANY: Final = 0x10000 + 1000
+LOOK_AGAIN: Final = 0.005
+"""Seconds between looks for what the device shows in its own time."""
 
 Exercise = Callable[[Transport, Watch, float], None]
 """Drives an opened device and closes its driver; the seconds are how long it waits for the device at most."""
@@ -131,9 +134,12 @@ def _ask(model: BalloonModel, driver: Balloon, patience: float) -> None:
     for _ in range(2):
         if not model.ask_statistics():
             raise Broken("the device has no statistics buffer")
-        driver.answer_statistics()
-        with contextlib.suppress(Empty):
-            seen.get(timeout=patience)
+        deadline = time.monotonic() + patience
+        while time.monotonic() < deadline:
+            driver.answer_statistics()
+            with contextlib.suppress(Empty):
+                seen.get(timeout=LOOK_AGAIN)
+                break
 
 
 def ring(transport: Transport, watch: Watch, patience: float) -> None:
@@ -273,6 +279,20 @@ def queue_reset(transport: Transport, watch: Watch, patience: float) -> None:
         raise Broken("the queue does not work after its reset")
 
 
+def in_flight(transport: Transport, watch: Watch, patience: float) -> None:
+    """End while the device has buffers, which it completes afterwards."""
+    if watch.device.model.device_type == ft.BLK:
+        with Blk(transport, timeout=patience) as disk:
+            for place in range(0, 4 * BLOCK, BLOCK):
+                disk.submit(blk_spec.T_OUT, place, [disk.allocate(BLOCK)])
+    else:
+        with Rng(transport) as entropy, contextlib.suppress(TimeLimit):
+            entropy.read(16, 0.01)
+            raise Broken("the entropy driver has bytes that the device did not give")
+    if watch.device.release():
+        raise Broken("the driver ended without a reset, and the device still had its buffers")
+
+
 EXERCISES: Final[dict[str, Exercise]] = {
     "rng": rng,
     "net": net,
@@ -284,6 +304,7 @@ EXERCISES: Final[dict[str, Exercise]] = {
     "queue reset": queue_reset,
     "both causes": both_causes,
     "many": many,
+    "in flight": in_flight,
 }
 
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import combinations
+from threading import Timer
 from typing import Final
 
 import numpy as np
@@ -21,6 +24,8 @@ from ...spec.ring import DESC_F_NEXT
 from ...spec.status import Status
 from .rules import Watch
 
+DELAY: Final = 0.002
+"""Seconds; far more than a driver takes to look for what it waits for, far less than it waits."""
 Provoke = Callable[[Watch], object]
 TYPES: Final = ("rng", "net", "blk", "balloon")
 RING_FEATURES: Final = (
@@ -193,6 +198,57 @@ def spoiled_used_descriptors(watch: Watch) -> None:
     watch.follow(spoil)
 
 
+def soon(act: Callable[[], object]) -> None:
+    """Act in ``DELAY`` seconds, whatever the driver does until then."""
+    timer = Timer(DELAY, act)
+    timer.daemon = True
+    timer.start()
+
+
+def late_completions(watch: Watch, order: Callable[[int], int] | None = None) -> None:
+    """Complete buffers some time after they were taken, those of one moment in this order."""
+    watch.device.hold = True
+    state = "waiting"
+
+    def release() -> None:
+        if state != "over":
+            watch.device.release(order=order)
+            soon(release)
+
+    def look(event: object, subject: object) -> None:
+        nonlocal state
+        kind = getattr(event, "kind", "")
+        if kind == "end":
+            state = "over"
+        elif kind == "pop" and state == "waiting":
+            state = "working"
+            soon(release)
+
+    watch.follow(look)
+
+
+def hold_everything(watch: Watch) -> None:
+    """Complete nothing."""
+    watch.device.hold = True
+
+
+def late_interrupts(watch: Watch) -> None:
+    """Keep MSI-X messages back for a while."""
+    assert watch.function is not None
+    interrupts, executor = watch.function.interrupts, watch.device.executor
+
+    def deliver() -> None:
+        with executor:
+            interrupts.deliver_withheld()
+
+    def look(event: object, subject: object) -> None:
+        if getattr(event, "kind", "") == "interrupt":
+            interrupts.withhold = True
+            soon(deliver)
+
+    watch.follow(look)
+
+
 LIMITS: Final[dict[str, list[dict[str, str]]]] = {
     "blk": [
         {"seg_max": "1", "size_max": "4096"},
@@ -328,6 +384,21 @@ def _scenarios() -> Iterator[Scenario]:
         provoke=needs_reset,
         fails=True,
         patience=0.5,
+    )
+    yield Scenario("late-completions", "Buffers come back late", provoke=late_completions)
+    yield Scenario(
+        "out-of-order",
+        "Buffers come back late, those of one moment in the opposite order",
+        provoke=partial(late_completions, order=operator.neg),
+        params={"in_order": "off"},
+    )
+    yield Scenario("late-interrupts", "MSI-X messages come late", provoke=late_interrupts)
+    yield Scenario(
+        "reset-in-flight",
+        "The driver ends while the device has its buffers",
+        ("rng", "blk"),
+        provoke=hold_everything,
+        exercise="in flight",
     )
     yield Scenario(
         "spurious-interrupts",
@@ -476,6 +547,7 @@ def calm(function: SoftwareFunction, offered: int) -> None:
     """Take every provocation back."""
     device = function.device
     device.offered, device.refuse_features_ok, device.hold = offered, False, False
+    function.interrupts.deliver_withheld()
     registers = function.registers
     registers.reset_reads = registers.queue_reset_reads = registers.generation_bumps = 0
     registers.vectors_granted = registers.vectors
