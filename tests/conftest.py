@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 from hypothesis import settings
 
+from guestpv.conformance.driver import rulebook  # noqa: F401 - it registers every rule
+from guestpv.conformance.driver.rules import SIGHTS, Watch
+from guestpv.devices.function import SoftwareFunction
+from guestpv.serve.vhost_user import VhostUserServer
 from guestvm import network
 
 # A failure is seen by who made it, not by who comes after. GUESTPV_RANDOM=1 looks further.
@@ -64,3 +68,32 @@ def own_network() -> Iterator[None]:
     """A network namespace of the test's own, for the thread that runs it and those it starts."""
     with network.own_network():
         yield
+
+
+@pytest.fixture
+def strict(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """What a driver breaks in front of a software device fails the test: whatever it does on ``loopback:``.
+
+    A test that breaks rules on purpose says so with ``@pytest.mark.provokes(reason)``.
+    """
+    if request.node.get_closest_marker("provokes"):
+        yield
+        return
+    watches: list[Watch] = []
+
+    def watched(kind: Any, watch: Callable[[Any], Watch]) -> None:
+        make = kind.__init__
+
+        def init(self: Any, *words: Any, **named: Any) -> None:
+            make(self, *words, **named)
+            watches.append(watch(self))
+
+        monkeypatch.setattr(kind, "__init__", init)
+
+    watched(SoftwareFunction, Watch.over)
+    watched(VhostUserServer, lambda server: Watch(server.device, None, SIGHTS["vhost-user"]))
+    yield
+    for watch in watches:
+        watch.finish()
+    broken = [str(finding) for watch in watches for finding in watch.findings if finding.requirement]
+    assert broken == []

@@ -11,6 +11,8 @@ from pages import Block, blocks, run
 
 from .conftest import EXECUTABLE
 
+pytestmark = pytest.mark.usefixtures("strict")
+
 PAGE = Path(__file__).parents[2] / "docs" / "writing-a-driver.md"
 QEMU = "On QEMU's device"
 

@@ -18,6 +18,8 @@ from guestpv.cli.main import main
 from guestpv.errors import DeviceGone, GuestpvError, Refused, UsageError
 from guestpv.services.control import ask
 
+pytestmark = pytest.mark.usefixtures("strict")
+
 log: list[str] = []
 
 

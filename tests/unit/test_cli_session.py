@@ -31,6 +31,8 @@ from guestpv.vfio.survey import survey as real_survey
 
 from .fake_kernel import FakeKernel
 
+pytestmark = pytest.mark.usefixtures("strict")
+
 NET = "0000:00:03.0"
 RNG = "0000:00:04.0"
 UNDONE = ["address gone", "service closed", "transport closed", f"virtio-pci takes {NET}"]

@@ -22,6 +22,8 @@ from guestpv.vfio import binding, survey
 
 from .fake_kernel import FakeKernel
 
+pytestmark = pytest.mark.usefixtures("strict")
+
 NET = "0000:00:03.0"
 BLK = "0000:00:04.0"
 

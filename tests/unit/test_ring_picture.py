@@ -25,6 +25,8 @@ from guestpv.trace.rings import State, ring_state
 
 from .test_ring_model import CORE, ORDER, ORDERS
 
+pytestmark = pytest.mark.usefixtures("strict")
+
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 PAGE = DOCS / "how-a-virtqueue-works.md"
 FORMATS = [(), ("RING_PACKED",)]
