@@ -43,6 +43,9 @@ Examples:
 )
 @click.option("--wire", default="", metavar="INTERFACE", help="The other end of a network device's cable.")
 @click.option("--junit", type=click.Path(dir_okay=False), metavar="FILE", help="Write JUnit XML.")
+@click.option(
+    "--tap", type=click.Path(dir_okay=False, allow_dash=True), metavar="FILE", help="Write TAP; - prints it."
+)
 @click.option("--html", type=click.Path(dir_okay=False), metavar="FILE", help="Write a page for a browser.")
 @reporting
 def device(
@@ -55,6 +58,7 @@ def device(
     jobs: int,
     wire: str,
     junit: str | None,
+    tap: str | None,
     html: str | None,
 ) -> None:
     """Check the device SPEC against VIRTIO 1.4, requirement by requirement.
@@ -86,15 +90,8 @@ def device(
             wire=wire,
             tell=tell,
         )
-    if junit:
-        from ..conformance.junit import junit as as_junit
-
-        Path(junit).write_text(as_junit(found), encoding="utf-8")
-    if html:
-        from ..conformance.html import html as as_html
-
-        Path(html).write_text(as_html(found), encoding="utf-8")
-    report.done(found.to_dict(), lambda: show(found, report.verbose))
+    save(found, junit, tap, html)
+    report.done(found.to_dict(), lambda: show(found, report.verbose, tap))
     if not found.ok:
         click.get_current_context().exit(1)
 
@@ -134,8 +131,29 @@ def progress(report: Report) -> Iterator[Callable[[Outcome], None]]:
         yield tell
 
 
-def show(found: Findings, verbose: int) -> None:
-    """For people."""
+def save(found: Findings, junit: str | None, tap: str | None, html: str | None) -> None:
+    """Write the files that were asked for."""
+    if junit:
+        from ..conformance.junit import junit as as_junit
+
+        Path(junit).write_text(as_junit(found), encoding="utf-8")
+    if tap and tap != "-":
+        from ..conformance.tap import tap as as_tap
+
+        Path(tap).write_text(as_tap(found.outcomes), encoding="utf-8")
+    if html:
+        from ..conformance.html import html as as_html
+
+        Path(html).write_text(as_html(found), encoding="utf-8")
+
+
+def show(found: Findings, verbose: int, tap: str | None = None) -> None:
+    """For people; for harnesses where ``tap`` is ``-``."""
+    if tap == "-":
+        from ..conformance.tap import tap as as_tap
+
+        click.echo(as_tap(found.outcomes), nl=False)
+        return
     from .tables import console
 
     out = console()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shlex
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Final
 from urllib.parse import parse_qsl
 
@@ -46,6 +45,9 @@ Examples:
 @click.option("--once", is_flag=True, help="With --listen: end when the last scenario is over.")
 @click.option("--select", default="", metavar="IDS", help="Only these requirements: DRV-SPLIT,DRV-BLK-0*.")
 @click.option("--junit", type=click.Path(dir_okay=False), metavar="FILE", help="Write JUnit XML.")
+@click.option(
+    "--tap", type=click.Path(dir_okay=False, allow_dash=True), metavar="FILE", help="Write TAP; - prints it."
+)
 @click.option("--html", type=click.Path(dir_okay=False), metavar="FILE", help="Write a page for a browser.")
 @reporting
 def driver(
@@ -57,6 +59,7 @@ def driver(
     once: bool,
     select: str,
     junit: str | None,
+    tap: str | None,
     html: str | None,
 ) -> None:
     """Put a driver before the strict device and check it against VIRTIO 1.4, requirement by requirement.
@@ -71,6 +74,7 @@ def driver(
     from ..conformance.driver.scenarios import choose
     from ..conformance.report import Report as Findings
     from ..conformance.report import now, versions
+    from .conform_device import save, show
 
     if bool(spec) == bool(listen):
         raise UsageError("either loopback:TYPE or --listen", hint="guestpv conform driver --help")
@@ -95,15 +99,8 @@ def driver(
         "driver", spec or listen, run.outcomes(), versions(), begun, shlex.join(["guestpv", *sys.argv[1:]])
     )
     found.note = NOTES[scheme]
-    if junit:
-        from ..conformance.junit import junit as as_junit
-
-        Path(junit).write_text(as_junit(found), encoding="utf-8")
-    if html:
-        from ..conformance.html import html as as_html
-
-        Path(html).write_text(as_html(found), encoding="utf-8")
-    report.done(found.to_dict(), lambda: show(found, report.verbose))
+    save(found, junit, tap, html)
+    report.done(found.to_dict(), lambda: show(found, report.verbose, tap))
     if not found.ok:
         click.get_current_context().exit(1)
 
@@ -160,10 +157,3 @@ def names(scenarios: list[Scenario]) -> None:
     """One line each."""
     for scenario in scenarios:
         click.echo(f"{scenario.name:<32} {scenario.title}")
-
-
-def show(found: object, verbose: int) -> None:
-    """For people."""
-    from .conform_device import show as as_text
-
-    as_text(found, verbose)  # type: ignore[arg-type]

@@ -63,6 +63,15 @@ def test_our_own_driver_is_judged(tmp_path: Path) -> None:
     assert "DRV-INIT-08" in page.read_text()
 
 
+def test_tap_is_printed_instead_of_text() -> None:
+    done = CliRunner().invoke(
+        main, ["conform", "driver", "loopback:rng", "--select", "DRV-INIT", "--tap", "-"]
+    )
+    first, plan, *points = done.output.splitlines()
+    assert (first, plan) == ("TAP version 14", f"1..{len(points)}")
+    assert any(point.startswith("ok ") and "DRV-INIT-08" in point for point in points)
+
+
 @pytest.mark.parametrize(
     ("words", "hint"),
     [

@@ -16,6 +16,7 @@ from guestpv.conformance import catalogue, coverage
 from guestpv.conformance.html import html
 from guestpv.conformance.junit import junit
 from guestpv.conformance.report import Report
+from guestpv.conformance.tap import point, tap
 from guestpv.conformance.verdict import Outcome, Severity, Verdict, severity
 from guestpv.errors import UsageError
 
@@ -112,6 +113,21 @@ def test_junit_is_well_formed_and_counts() -> None:
     failure = suite.find(".//failure")
     assert failure is not None
     assert "write notify" in (failure.text or "")
+
+
+def test_tap_has_a_line_for_each_check() -> None:
+    lines = tap(REPORT.outcomes).splitlines()
+    assert lines[:3] == ["TAP version 14", "1..3", "ok 1 - test_a.py::test_one[split] (DEV-SPLIT-01)"]
+    assert lines[3] == "not ok 2 - test_a.py::test_one[packed] (DEV-SPLIT-01 DEV-PACKED-01)"
+    assert lines[-1] == "ok 3 - test_b.py::test_two (DEV-PCI-01) # SKIP why not"
+    below = lines[4:-1]
+    assert (below[0], below[-1]) == ("  ---", "  ...")
+    assert '  seen: "]]> \\u0000 and \\u001b[31m"' in below
+
+
+def test_tap_keeps_directives_out_of_names() -> None:
+    outcome = Outcome("odd # TODO\nname", [], "", Verdict.PASS)
+    assert point(7, outcome, "0000:01:00.0") == "ok 7 - 0000:01:00.0 odd \\# TODO name"
 
 
 class Page(HTMLParser):
