@@ -15,6 +15,7 @@ from typing import Any
 
 import click
 
+from guestvm import bundle as bundles
 from guestvm import image
 from guestvm import kernel as kernels
 from guestvm.errors import GuestTimeout, LabError
@@ -69,6 +70,22 @@ def build(series: tuple[str, ...], refresh: bool) -> None:
         progress.say(f"kernel {name}: {source.package}, {source.image}")
         progress.say(f"root image: {image.root(source, progress)}")
         image.initramfs(source)
+
+
+@main.command()
+@click.option(
+    "--kernel", "series", type=click.Choice(list(kernels.SUITES)), default="6.12", show_default=True
+)
+@click.option("--out", type=click.Path(file_okay=False, path_type=Path), default=Path("bundle"),
+              show_default=True, metavar="DIRECTORY")  # fmt: skip
+def bundle(series: str, out: Path) -> None:
+    """Write a kernel and an initramfs that check the virtio devices of any virtual machine monitor.
+
+    They boot from memory alone, run the device suite as the kernel command line says
+    (guestpv.conform="device [ADDRESS|all] [--select IDS] [--hostile]", guestpv.format=tap|json), print the
+    report on the console between two marked lines and power off. Devices need a virtual IOMMU before them.
+    """
+    click.echo(bundles.build(series, out, Progress()))
 
 
 @main.command(context_settings={"ignore_unknown_options": False})

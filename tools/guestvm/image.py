@@ -12,7 +12,7 @@ import sysconfig
 import tarfile
 import tempfile
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from importlib import metadata
 from pathlib import Path
 
@@ -63,25 +63,25 @@ def initramfs(source: kernel.Kernel) -> Path:
     """The initramfs for `source`, without the checkout: busybox, a handful of modules and init.sh."""
     script = (Path(__file__).parent / "init.sh").read_text()
     script = script.replace("MODULES_AT_BOOT", " ".join(BOOT_MODULES))
-    busybox = _busybox().read_bytes()
+    program = busybox().read_bytes()
     modules = kernel.closure(source, ROOT_MODULES)
 
     def build(work: Path) -> None:
         archive = Cpio()
         for name in ("bin", "modules"):
             archive.add(name, stat.S_IFDIR | 0o755)
-        archive.add("bin/busybox", stat.S_IFREG | 0o755, busybox)
+        archive.add("bin/busybox", stat.S_IFREG | 0o755, program)
         archive.add("init", stat.S_IFREG | 0o755, script.encode())
         for number, path in enumerate(modules):
             name = f"modules/{number:02}-{path.name.split('.ko')[0]}.ko"
             archive.add(name, stat.S_IFREG | 0o644, kernel.read_module(source.modules / path))
         (work / "initramfs.cpio").write_bytes(archive.finish())
 
-    key = cache.key_of([source.package, script, busybox, *map(str, modules)])
+    key = cache.key_of([source.package, script, program, *map(str, modules)])
     return cache.entry("initramfs", key, build) / "initramfs.cpio"
 
 
-def checkout() -> bytes:
+def checkout(parts: Iterable[str] = CHECKOUT_PARTS) -> bytes:
     """A cpio archive, to be appended to an initramfs, that holds the checkout as checkout.tar.
 
     A tar inside the cpio keeps the times of the sources, so that their compiled twins are valid in the guest.
@@ -89,7 +89,7 @@ def checkout() -> bytes:
     compileall.compile_dir(CHECKOUT / "guestpv", quiet=2)
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w", format=tarfile.GNU_FORMAT) as tar:
-        for part in CHECKOUT_PARTS:
+        for part in parts:
             if (CHECKOUT / part).exists():
                 tar.add(CHECKOUT / part, part, filter=_plain)
         for info in _site_packages().glob("guestpv-*.dist-info"):
@@ -327,7 +327,8 @@ def _distributions() -> set[str]:
     return found
 
 
-def _busybox() -> Path:
+def busybox() -> Path:
+    """The machine's static busybox."""
     found = shutil.which("busybox", path=os.environ["PATH"] + ":/bin:/usr/bin")
     if found is None:
         raise LabError("busybox is not installed; run: apt-get install busybox-static")
@@ -356,9 +357,9 @@ def _add_tools(tree: Tree) -> None:
     tree.copy(Path("/sbin/ldconfig"))
     # Not busybox's: its shell prefers its own applets to the programs in PATH.
     tree.link("/usr/bin/sh", "dash")
-    busybox = _busybox()
-    tree.copy(busybox, "/usr/bin/busybox")
-    applets = subprocess.run([str(busybox), "--list-full"], capture_output=True, text=True, check=True).stdout
+    program = busybox()
+    tree.copy(program, "/usr/bin/busybox")
+    applets = subprocess.run([str(program), "--list-full"], capture_output=True, text=True, check=True).stdout
     for applet in applets.split():
         tree.link(f"/usr/{applet.removeprefix('usr/')}", "/usr/bin/busybox")
 
