@@ -125,7 +125,7 @@ def trace(
     if html:
         from ..trace.page import page
 
-        html.write_text(page(recorder, list(words)), encoding="utf-8")
+        html.write_text(page(recorder, list(words), _glossary()), encoding="utf-8")
         data["html"] = str(html)
     if jsonl:
         data["jsonl"] = str(jsonl)
@@ -140,6 +140,17 @@ def trace(
         )
     report.done(data, lambda: _tell(data))
     context.exit(code)
+
+
+def _glossary() -> dict[str, tuple[str, str]]:
+    """What ``guestpv explain`` says of steps and registers."""
+    from ..explain import topics
+
+    return {
+        topic.name: (topic.what, topic.breaks)
+        for topic in topics().values()
+        if topic.kind in ("step", "register")
+    }
 
 
 def _check(words: tuple[str, ...]) -> None:

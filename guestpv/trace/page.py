@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from typing import Any, Final
 
@@ -14,20 +14,25 @@ SHOWN_DATA: Final = 64
 """Bytes of each element of a buffer that the page shows."""
 
 
-def page(recorder: Recorder, verb: Sequence[str] = ()) -> str:
+Glossary = Mapping[str, tuple[str, str]]
+"""Step or register -> what it is, and what breaks when it is wrong."""
+
+
+def page(recorder: Recorder, verb: Sequence[str] = (), glossary: Glossary | None = None) -> str:
     """The page, which needs nothing from elsewhere.
 
     Args:
         recorder: the record.
         verb: what was traced, for the title.
+        glossary: is shown beside the events.
     """
     template = files(__package__).joinpath("page.html").read_text(encoding="utf-8")
     # A script's text ends at the first "</", whatever it is part of.
-    data = json.dumps(contents(recorder, verb), separators=(",", ":")).replace("</", "<\\/")
+    data = json.dumps(contents(recorder, verb, glossary or {}), separators=(",", ":")).replace("</", "<\\/")
     return template.replace(PLACE, data)
 
 
-def contents(recorder: Recorder, verb: Sequence[str]) -> dict[str, Any]:
+def contents(recorder: Recorder, verb: Sequence[str], glossary: Glossary) -> dict[str, Any]:
     """What the page shows, as JSON has it."""
     return {
         "verb": " ".join(verb),
@@ -36,6 +41,7 @@ def contents(recorder: Recorder, verb: Sequence[str]) -> dict[str, Any]:
         "summary": recorder.summary(),
         "lanes": {kind: list(lane) for kind, lane in LANES.items()},
         "exits": sorted(EXITS),
+        "glossary": {name: list(words) for name, words in glossary.items()},
         "devices": [device.name for device in recorder.devices],
         "events": [_shown(event.to_json()) for event in recorder.events],
     }

@@ -6,6 +6,7 @@ import io
 import json
 import re
 import struct
+import subprocess
 from collections.abc import Iterator
 from importlib.resources import files
 from pathlib import Path
@@ -24,6 +25,7 @@ from guestpv.wire import pcapng
 from ringpeer import Bench, bench, mask
 
 ROOT = Path(__file__).parents[2]
+CORE = ROOT / "guestpv" / "core"
 FORMATS = pytest.mark.parametrize("packed", [(), ("RING_PACKED",)], ids=["split", "packed"])
 
 
@@ -334,6 +336,35 @@ def test_frames_are_put_together_for_wireshark() -> None:
     ]
     _, high, low, kept, original = struct.unpack_from("<IIIII", blocks[3][1])
     assert (high << 32 | low, kept, original) == (1009, 50, 520)
+
+
+def test_the_glossary_names_what_the_page_looks_up() -> None:
+    from guestpv.cli.trace import _glossary
+
+    known = _glossary()
+    text = files("guestpv.trace").joinpath("page.html").read_text(encoding="utf-8")
+    topics = re.search(r"const TOPICS = \{(.*?)\};", text)
+    assert topics is not None
+    assert set(re.findall(r'"([a-z_-]+)"', topics[1])) <= set(known)
+    assert {"reset", "acknowledge", "driver", "features-ok", "driver-ok", "failed", "queue_notify"} <= set(
+        known
+    )
+
+
+@pytest.mark.parametrize(
+    "name", sorted(path.name for path in CORE.glob("*.c") if not path.name.startswith("_"))
+)
+def test_the_ordinary_core_has_no_hook_to_pass(name: str) -> None:
+    """Compiled without GPV_OBSERVING it knows of no observer: a trace that is off costs nothing."""
+
+    def preprocessed(*more: str) -> str:
+        words = ["gcc", "-std=gnu11", "-E", "-P", *more, name]
+        return subprocess.run(words, cwd=CORE, capture_output=True, text=True, check=True).stdout
+
+    assert "gpv_observe" not in preprocessed()
+    assert "trace" not in preprocessed()
+    if name in ("split.c", "packed.c"):
+        assert "gpv_observe_loaded" in preprocessed("-DGPV_OBSERVING")
 
 
 def test_nothing_is_traced_unless_asked_for() -> None:
