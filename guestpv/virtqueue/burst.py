@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Self
+
 import numpy as np
 from numpy.typing import NDArray
 
+from guestpv.core._core import lib
 from guestpv.errors import UsageError
 
 from .queue import Virtqueue
+
+_submit, _reap = lib.gpv_burst_submit, lib.gpv_burst_reap
 
 
 class Burst:
@@ -34,8 +39,6 @@ class Burst:
 
     __slots__ = (
         "_burst",
-        "_core_reap",
-        "_core_submit",
         "_queue",
         "addresses",
         "lengths",
@@ -44,6 +47,10 @@ class Burst:
         "used_slots",
     )
 
+    def __new__(cls, queue: Virtqueue, *rest: int) -> Self:
+        """Calls go straight to the ordinary build of the core, whose way must be the shortest."""
+        return object.__new__(cls if queue.core_lib is lib else _OtherCore)  # type: ignore[return-value]
+
     def __init__(self, queue: Virtqueue, capacity: int, elements: int, writable_from: int) -> None:
         if capacity < 1 or not 1 <= elements <= queue.size or not 0 <= writable_from <= elements:
             raise UsageError(
@@ -51,8 +58,7 @@ class Burst:
                 where=queue.name,
             )
         self._queue = queue
-        ffi, lib = queue.core_ffi, queue.core_lib
-        self._core_submit, self._core_reap = lib.gpv_burst_submit, lib.gpv_burst_reap
+        ffi = queue.core_ffi
         self.addresses: NDArray[np.uint64] = np.zeros((capacity, elements), np.uint64)
         self.lengths: NDArray[np.uint32] = np.zeros((capacity, elements), np.uint32)
         self.slots: NDArray[np.uint32] = np.zeros(capacity, np.uint32)
@@ -80,7 +86,7 @@ class Burst:
         Raises:
             DeviceViolation, UsageError: as ``Virtqueue.add_burst`` and ``publish``.
         """
-        added: int = self._core_submit(self._burst, count)
+        added: int = _submit(self._burst, count)
         if added < 0:
             self._queue._fail(added)
         return added
@@ -91,7 +97,25 @@ class Burst:
         Raises:
             DeviceViolation: as ``Virtqueue.reap_burst``.
         """
-        got: int = self._core_reap(self._burst)
+        got: int = _reap(self._burst)
+        if got < 0:
+            self._queue._fail(got)
+        return got
+
+
+class _OtherCore(Burst):
+    """The same for a queue on another build of the core."""
+
+    __slots__ = ()
+
+    def submit(self, count: int) -> int:
+        added: int = self._queue.core_lib.gpv_burst_submit(self._burst, count)
+        if added < 0:
+            self._queue._fail(added)
+        return added
+
+    def reap(self) -> int:
+        got: int = self._queue.core_lib.gpv_burst_reap(self._burst)
         if got < 0:
             self._queue._fail(got)
         return got

@@ -174,6 +174,21 @@ def test_buffers_used_together_come_back_one_by_one() -> None:
     assert [e.facts["length"] for e in recorder.events if e.kind == "reap"] == [4, 4, 2]
 
 
+def test_bursts_are_seen_too() -> None:
+    from guestpv.virtqueue.burst import Burst
+
+    b, recorder = traced(mask())
+    burst = Burst(b.queue, 4, 1, 0)
+    burst.addresses[:, 0] = [b.pool.allocate(4).address for _ in range(4)]
+    burst.lengths[:] = 4
+    assert burst.submit(3) == 3
+    while (chain := b.peer.pop()) is not None:
+        b.peer.push(chain, 2)
+    assert burst.reap() == 3
+    assert [event.facts["length"] for event in recorder.events if event.kind == "reap"] == [2, 2, 2]
+    assert type(Burst(bench(mask(), 8).queue, 1, 1, 0)) is Burst
+
+
 def test_idle_looks_are_counted_not_told_one_by_one() -> None:
     b, recorder = traced(mask())
     for _ in range(1000):
