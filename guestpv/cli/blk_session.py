@@ -10,7 +10,9 @@ from typing import Any, Final
 from ..errors import GuestpvError, Refused
 from ..services.blk import BlkService
 from ..services.control import ControlServer
+from ..services.nbd import clear_stale, remember
 from ..spec import features as feat
+from ..system import SYSTEM
 from .driven import Driven, Kind
 from .signals import Stop
 
@@ -58,7 +60,9 @@ class BlkSession(Driven):
         self._busy = False
 
     def _bring_up(self, undo: ExitStack, stop: Stop, control: ControlServer) -> None:
-        wishes = self._wishes
+        wishes, directory = self._wishes, self.kind.directory()
+        for name in clear_stale(directory):
+            self._say(f"/dev/{name}, which a killed process left behind, is taken down")
         service = BlkService(
             self._open(undo, stop),
             index=wishes.index,
@@ -67,6 +71,8 @@ class BlkSession(Driven):
             restarts=wishes.restart,
         )
         undo.callback(self._close, service)
+        if service.index is not None:
+            undo.callback(SYSTEM.unlink, remember(directory, service.index))
         with self._lock:
             self._service = service
         control.listen(service.name)

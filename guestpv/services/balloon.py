@@ -74,27 +74,25 @@ class BalloonService:
         self._closed = False
         self._health = Health(transport)
         self._poison = 0 if transport.feature_filter.required >> spec.F_PAGE_POISON & 1 else None
-        try:
+        with contextlib.ExitStack() as undo:
+            undo.callback(transport.close)
             self.pressure = Pressure(system)
+            undo.callback(self.pressure.close)
             total = self.pressure.total
             self.keep_free = default_keep_free(total) if keep_free is None else keep_free
             size = chunk_bytes(total)
             self._chunk = size >> spec.PAGE_SHIFT
             self.balloon = Balloon(transport, chunk_bytes=size, poison=self._poison, system=system)
-        except BaseException:
-            with contextlib.suppress(AttributeError):
-                self.pressure.close()
-            transport.close()
-            raise
-        self.target = self.balloon.target
-        self._available = self.pressure.available
-        self._held = ""
-        self._calm_at = 0.0
-        self._credit = 0.0
-        self._refilled = system.monotonic()
-        self._given_back = 0
-        self._alarms = 0
-        self._last = self._snapshot()
+            self.target = self.balloon.target
+            self._available = self.pressure.available
+            self._held = ""
+            self._calm_at = 0.0
+            self._credit = 0.0
+            self._refilled = system.monotonic()
+            self._given_back = 0
+            self._alarms = 0
+            self._last = self._snapshot()
+            undo.pop_all()
 
     @property
     def features(self) -> int:

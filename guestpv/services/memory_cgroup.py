@@ -6,7 +6,7 @@ A page in the balloon is charged to the cgroup of the process that pinned it, an
 from __future__ import annotations
 
 import os
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from typing import Final
 
 from ..drivers.balloon_statistics import read_counters
@@ -27,8 +27,12 @@ class MemoryCgroups:
     def __init__(self, system: System = SYSTEM) -> None:
         self._system = system
         self._groups: dict[str, int] = {}
-        with suppress(OSError, ValueError):  # no cgroups, or not this way
-            self._find()
+        try:
+            with suppress(OSError, ValueError):  # no cgroups, or not this way
+                self._find()
+        except BaseException:
+            self.close()
+            raise
 
     def _find(self) -> None:
         mounts = [line.split() for line in self._system.read_text("/proc/self/mounts").splitlines()]
@@ -72,5 +76,6 @@ class MemoryCgroups:
 
     def close(self) -> None:
         """Close what was opened. Idempotent."""
-        while self._groups:
-            self._system.close(self._groups.popitem()[1])
+        with ExitStack() as stack:
+            while self._groups:
+                stack.callback(self._system.close, self._groups.popitem()[1])

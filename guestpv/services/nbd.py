@@ -323,3 +323,41 @@ class Export:
 
 def _rows(memory: DmaBuffer, stride: int, count: int) -> NDArray[np.uint64]:
     return np.array([memory[i * stride : (i + 1) * stride].address for i in range(count)], dtype=np.uint64)
+
+
+def remember(directory: str, index: int) -> str:
+    """Leave a record beside the control socket: this process serves ``/dev/nbdN``. Returns its path."""
+    path = os.path.join(directory, f"nbd{index}.pid")
+    fd = SYSTEM.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    try:
+        SYSTEM.write(fd, f"{SYSTEM.getpid()}\n".encode())
+    finally:
+        SYSTEM.close(fd)
+    return path
+
+
+def clear_stale(directory: str) -> list[str]:
+    """Take down what processes that were killed left behind: devices that the kernel keeps and nobody serves.
+
+    Only what has a record here, whose process is gone and still is the one that the kernel names, is touched.
+
+    Returns:
+        Names of the devices.
+    """
+    found = []
+    for file in SYSTEM.listdir(directory):
+        name, suffix = os.path.splitext(file)
+        if suffix != ".pid":
+            continue
+        path = os.path.join(directory, file)
+        with contextlib.suppress(OSError):
+            pid = SYSTEM.read_text(path)
+            if SYSTEM.exists(f"/proc/{pid}"):
+                continue
+            with contextlib.suppress(OSError):
+                if SYSTEM.read_text(f"/sys/block/{name}/pid") == pid:
+                    with Netlink() as netlink:
+                        netlink.disconnect(int(name.removeprefix("nbd")))
+                    found.append(name)
+            SYSTEM.unlink(path)
+    return found

@@ -34,10 +34,14 @@ class Pressure:
         self._epoll = select.epoll()
         for fd in self._groups.fds:
             self._epoll.register(fd, select.EPOLLPRI)
-        with contextlib.suppress(OSError):  # a kernel without PSI, or psi=0: MemAvailable has to do
-            self._psi = system.open(PSI_PATH, os.O_RDWR | os.O_NONBLOCK)
-            system.write(self._psi, PSI_TRIGGER.encode() + b"\0")
-            self._epoll.register(self._psi, select.EPOLLPRI)
+        try:
+            with contextlib.suppress(OSError):  # a kernel without PSI, or psi=0: MemAvailable has to do
+                self._psi = system.open(PSI_PATH, os.O_RDWR | os.O_NONBLOCK)
+                system.write(self._psi, PSI_TRIGGER.encode() + b"\0")
+                self._epoll.register(self._psi, select.EPOLLPRI)
+        except BaseException:
+            self.close()
+            raise
 
     @property
     def fd(self) -> int:
@@ -78,8 +82,9 @@ class Pressure:
 
     def close(self) -> None:
         """Take the alarm away. Idempotent."""
-        self._groups.close()
-        if self._psi != -1:
-            self._system.close(self._psi)
-            self._psi = -1
-        self._epoll.close()
+        with contextlib.ExitStack() as stack:
+            stack.callback(self._epoll.close)
+            stack.callback(self._groups.close)
+            psi, self._psi = self._psi, -1
+            if psi != -1:
+                self._system.close(psi)

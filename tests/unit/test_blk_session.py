@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +17,7 @@ from guestpv.cli import blk_session
 from guestpv.cli.blk_session import BLK, BlkSession, Wishes
 from guestpv.cli.main import main
 from guestpv.errors import DeviceGone, GuestpvError, Refused, UsageError
+from guestpv.services import nbd
 from guestpv.services.control import ask
 
 pytestmark = pytest.mark.usefixtures("strict")
@@ -26,7 +28,7 @@ log: list[str] = []
 class FakeService:
     """What ``BlkService`` shows to a session."""
 
-    name, path, features = "nbd7", "/dev/nbd7", 0
+    name, path, features, index = "nbd7", "/dev/nbd7", 0, 7
     busy = 0
     events: list[list[str]] = []
 
@@ -69,6 +71,7 @@ def stage(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     FakeService.busy, FakeService.events = 0, []
     yield
     assert not list(Path(BLK.directory()).glob("*.sock"))
+    assert not list(Path(BLK.directory()).glob("*.pid"))
 
 
 def session(spec: str = "loopback:blk", **wishes: Any) -> tuple[BlkSession, list[str]]:
@@ -154,3 +157,42 @@ def test_a_device_that_is_no_disk() -> None:
     with pytest.raises(UsageError, match="it is a virtio net device, no block device"):
         one.run(lambda status: None, lambda status: None)
     assert log == []
+
+
+def test_what_a_killed_process_left_behind_is_taken_down(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    gone: list[int] = []
+
+    class Kernel:
+        def __enter__(self) -> Kernel:
+            return self
+
+        def __exit__(self, *error: object) -> None:
+            pass
+
+        def disconnect(self, index: int) -> None:
+            gone.append(index)
+
+    dead, alive = "4194305", str(os.getpid())
+    sysfs = {"nbd1": dead, "nbd2": "77", "nbd4": alive}
+    read = nbd.SYSTEM.read_text
+    monkeypatch.setattr(nbd, "Netlink", Kernel)
+    monkeypatch.setattr(
+        nbd.SYSTEM,
+        "read_text",
+        lambda path: sysfs[path.split("/")[3]] if path.startswith("/sys/block/nbd") else read(path),
+        raising=False,
+    )
+    records = {"nbd1": dead, "nbd2": dead, "nbd4": alive}
+    for name, pid in records.items():
+        (tmp_path / f"{name}.pid").write_text(f"{pid}\n")
+    (tmp_path / "nbd1.log").write_text("a log is no record")
+    assert nbd.clear_stale(str(tmp_path)) == ["nbd1"]
+    assert gone == [1]
+    assert (tmp_path / "nbd4.pid").exists()
+    assert not (tmp_path / "nbd1.pid").exists()
+    # Somebody else has it by now: the record goes, the device stays.
+    assert not (tmp_path / "nbd2.pid").exists()
+    assert nbd.remember(str(tmp_path), 6) == str(tmp_path / "nbd6.pid")
+    assert (tmp_path / "nbd6.pid").read_text().strip() == alive
