@@ -56,9 +56,9 @@ def port(context: click.Context, parameter: click.Parameter, value: str | None) 
 
 @click.command(epilog=EXAMPLE)
 @click.argument("functions", nargs=-1, metavar="[FUNCTION]...")
-@click.option("--peer", default="10.0.2.2", show_default=True, callback=address,
+@click.option("--peer", default="10.0.2.2", show_default=True, callback=address, metavar="ADDRESS",
               help="Who answers ARP requests on the links (QEMU's user network by default).")  # fmt: skip
-@click.option("--own", default="10.0.2.15", show_default=True, callback=address,
+@click.option("--own", default="10.0.2.15", show_default=True, callback=address, metavar="ADDRESS",
               help="The address that the requests come from.")  # fmt: skip
 @click.option("--count", type=click.IntRange(0), default=500, show_default=True,
               help="Operations that are timed, one after the other.")  # fmt: skip

@@ -32,6 +32,10 @@ ETHTOOL_CMD: Final = struct.Struct("=I8xHB13xH14x")
 SPEED_UNKNOWN: Final = 0xFFFFFFFF
 DUPLEX_UNKNOWN: Final = 0xFF
 
+SIOCSIFHWADDR: Final = 0x8924
+ARPHRD_ETHER: Final = 1
+IFF_UP: Final = 1
+
 IFF_TAP: Final = 0x0002
 IFF_NO_PI: Final = 0x1000
 IFF_VNET_HDR: Final = 0x4000
@@ -45,6 +49,9 @@ TUN_F_TSO_ECN: Final = 0x08
 TUN_F_UFO: Final = 0x10
 TUN_F_USO4: Final = 0x20
 TUN_F_USO6: Final = 0x40
+
+LENT: Final = "pv0"
+"""Name of a link in examples."""
 
 UDP_SEGMENTATION_SINCE: Final = (6, 2)
 """Release of Linux."""
@@ -81,6 +88,9 @@ def unsupported_offloads() -> int:
 class Tap:
     """A TAP network interface of this process; it goes away when its file descriptors close.
 
+    One that was there before and belongs to this user (``ip tuntap add NAME mode tap user USER``, with
+    ``multi_queue`` for several queue pairs) is used as it is, without CAP_NET_ADMIN, and stays.
+
     Args:
         name: interface name, or a pattern such as ``pv%d`` that the kernel completes.
         mac: 6 bytes.
@@ -116,13 +126,30 @@ class Tap:
             for _ in range(queues):
                 self._attach(queues, header_size)
             self._set_offloads(offload_flags(features))
+            # Through the descriptor, as it is allowed to the owner of a link that somebody else made.
+            address = struct.pack("16sH6s16x", self.name.encode(), ARPHRD_ETHER, mac)
+            self._system.ioctl(self.fds[0], SIOCSIFHWADDR, bytearray(address))
             with _route() as route:
                 self.ifindex = int(route.link_lookup(ifname=self.name)[0])
-                route.link("set", index=self.ifindex, address=mac.hex(":"))
-                route.link("set", index=self.ifindex, mtu=mtu)
+                self._set_up_mtu(route, mtu)
         except BaseException:
             self.close()
             raise
+
+    def _set_up_mtu(self, route: Any, mtu: int) -> None:
+        from pyroute2.netlink.exceptions import NetlinkError
+
+        try:
+            route.link("set", index=self.ifindex, mtu=mtu)
+        except NetlinkError as error:
+            if error.code != errno.EPERM:
+                raise
+            self.mtu = int(route.get_links(self.ifindex)[0].get_attr("IFLA_MTU"))
+            if self.mtu > mtu:
+                raise AccessDenied(
+                    f"not allowed to set the MTU of {self.name}: it is {self.mtu}, the device takes {mtu}",
+                    hint=f"as root: ip link set {self.name} mtu {mtu}",
+                ) from error
 
     def _attach(self, queues: int, header_size: int) -> None:
         try:
@@ -143,7 +170,9 @@ class Tap:
             if error.errno == errno.EPERM:
                 raise AccessDenied(
                     f"not allowed to make the TAP link {self.name}",
-                    hint="run as root or with CAP_NET_ADMIN (setcap, AmbientCapabilities=CAP_NET_ADMIN)",
+                    hint="run as root or with CAP_NET_ADMIN (setcap, AmbientCapabilities=CAP_NET_ADMIN),\n"
+                    "or have root make the link and name it, with --no-address:\n"
+                    f"ip tuntap add {LENT} mode tap user $USER && ip link set {LENT} up",
                 ) from error
             raise UsageError(
                 f"cannot make the TAP link {self.name}: {error.strerror}",
@@ -165,9 +194,24 @@ class Tap:
         raise GuestpvError(f"the kernel refuses the TAP offloads {flags:#x}", where="TUNSETOFFLOAD")
 
     def up(self) -> None:
-        """Set the interface administratively up."""
+        """Set the interface administratively up.
+
+        Raises:
+            AccessDenied: it is down, and without CAP_NET_ADMIN.
+        """
+        from pyroute2.netlink.exceptions import NetlinkError
+
         with _route() as route:
-            route.link("set", index=self.ifindex, state="up")
+            try:
+                route.link("set", index=self.ifindex, state="up")
+            except NetlinkError as error:
+                if error.code != errno.EPERM:
+                    raise
+                if not route.get_links(self.ifindex)[0]["flags"] & IFF_UP:
+                    raise AccessDenied(
+                        f"not allowed to set the link {self.name} up",
+                        hint=f"as root: ip link set {self.name} up",
+                    ) from error
 
     def set_mtu(self, mtu: int) -> None:
         """Set the interface's MTU in bytes."""
