@@ -11,14 +11,15 @@
 #include <unistd.h>
 
 enum {
-    STUCK_MS = 200,          /* how long sent frames may stay with the device before it is reminded */
-    STUCK_ROUNDS = 1 << 17,  /* the same when spinning */
+    STUCK_MS = 200, /* how long sent frames may stay with the device before it is reminded */
     NO_NEWS = -2,
 };
 
 struct gpv_pump {
     struct gpv_pump_config c;
     struct gpv_pump_counters n;
+    uint64_t back;     /* sent frames that had come back when somebody last looked, */
+    int64_t waiting;   /* and since when they have been that many */
     int32_t capture_next; /* what capture_fd is to become: left by another thread, NO_NEWS once taken */
     int32_t capture_fd;   /* the pump's thread's own, -1: nobody captures */
 };
@@ -27,6 +28,14 @@ static void count(uint64_t *counter, uint64_t by)
 {
     /* One writer; the store is atomic so that a reader in another thread never sees half of it. */
     __atomic_store_n(counter, *counter + by, __ATOMIC_RELAXED);
+}
+
+static int64_t now_ms(void)
+{
+    struct timespec t;
+
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (int64_t)t.tv_sec * 1000 + t.tv_nsec / 1000000;
 }
 
 struct gpv_pump *gpv_pump_new(const struct gpv_pump_config *config)
@@ -142,6 +151,8 @@ static int32_t transmit(struct gpv_pump *p)
         sent += status;
     }
     if (sent) {
+        if (gpv_outstanding(p->c.tx) == (uint32_t)sent)
+            p->waiting = now_ms();
         status = gpv_publish(p->c.tx);
         if (status < 0)
             return status;
@@ -162,15 +173,26 @@ static int stop_asked(const struct gpv_pump *p)
     return poll(&stop, 1, 0) > 0;
 }
 
-/* Frames that the device has had for long: remind it. QEMU 7.2 leaves a stale event position behind when its back end
- * was congested, after which the standard forbids the kick that would make it go on (packed ring, EVENT_IDX). */
+/* Frames that the device has had for long: remind it, whatever else goes on. QEMU 7.2 leaves a stale event position behind
+ * when its back end was congested, after which the standard forbids the kick that would make it go on (packed ring,
+ * EVENT_IDX). */
 static int32_t unstick(struct gpv_pump *p)
 {
     int32_t status = gpv_port_reclaim(p->c.port);
-    if (status == 0 && gpv_outstanding(p->c.tx)) {
-        count(&p->n.tx_reminders, 1);
-        status = gpv_notify(p->c.tx);
-    }
+    if (status < 0)
+        return status;
+    uint32_t out = gpv_outstanding(p->c.tx);
+    uint64_t back = gpv_turns(p->c.tx) - out;
+    int64_t now = now_ms();
+    if (out && back == p->back && now - p->waiting < STUCK_MS)
+        return 0;
+    int stuck = out && back == p->back;
+    p->back = back;
+    p->waiting = now;
+    if (!stuck)
+        return 0;
+    count(&p->n.tx_reminders, 1);
+    status = gpv_notify(p->c.tx);
     return status < 0 ? status : 0;
 }
 
@@ -193,8 +215,7 @@ static int32_t sleep_until_work(struct gpv_pump *p)
         int woken = poll(fds, 3, limit);
         if (woken < 0 && errno != EINTR)
             return GPV_PUMP_ERRNO - errno;
-        if (woken == 0)
-            ready = unstick(p);
+        ready = unstick(p);
         count(&p->n.wakeups, 1);
         take_interrupts(p->c.rx_fd, &p->n.rx_interrupts);
         take_interrupts(p->c.tx_fd, &p->n.tx_interrupts);
@@ -214,24 +235,24 @@ int32_t gpv_pump_run(struct gpv_pump *p)
     int32_t started = gpv_port_start(p->c.port);
     if (started < 0)
         return started;
-    for (uint32_t round = 0, idle = 0;; round++) {
+    for (uint32_t round = 0;; round++) {
         /* Under load there is no sleep to be woken from; a look now and then is enough. */
-        if (round % GPV_PORT_BURST == 0 && stop_asked(p))
-            return 0;
+        if (round % GPV_PORT_BURST == 0) {
+            if (stop_asked(p))
+                return 0;
+            int32_t stuck = unstick(p);
+            if (stuck < 0)
+                return stuck;
+        }
         int32_t in = gpv_port_take(p->c.port, GPV_PORT_BURST, into_tap, p);
         if (in < 0)
             return in;
         int32_t out = transmit(p);
         if (out < 0)
             return out;
-        if (in || out) {
-            idle = 0;
+        if (in || out || p->c.rx_fd < 0)
             continue;
-        }
-        int spinning = p->c.rx_fd < 0;
-        if (spinning && ++idle % STUCK_ROUNDS)
-            continue;
-        int32_t status = spinning ? unstick(p) : sleep_until_work(p);
+        int32_t status = sleep_until_work(p);
         if (status < 0)
             return status;
         if (stop_asked(p))

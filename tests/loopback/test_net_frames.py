@@ -66,18 +66,28 @@ def udp(version: int, payload: int, *, to: bytes = REMOTE, by: bytes = LOCAL) ->
 
 
 def ethernet(version: int, protocol: int, body: bytes, to: bytes, by: bytes) -> bytes:
+    """An Ethernet frame whose checksum is left open: the field has the sum of the pseudo header."""
+    ends = (
+        bytes((192, 0, 2, 1)) + bytes((192, 0, 2, 2))
+        if version == 4
+        else bytes(15) + b"\1" + bytes(15) + b"\2"
+    )
+    total = sum(struct.unpack(f"!{len(ends) // 2}H", ends)) + protocol + len(body)
+    while total >> 16:
+        total = (total & 0xFFFF) + (total >> 16)
+    at = 16 if protocol == 6 else 6
+    body = body[:at] + total.to_bytes(2, "big") + body[at + 2 :]
     if version == 4:
         ip = struct.pack("!BBHHHBBH", 0x45, 0, 20 + len(body), 1, 0, 64, protocol, 0)
-        return to + by + b"\x08\x00" + ip + bytes((192, 0, 2, 1)) + bytes((192, 0, 2, 2)) + body
-    ip = struct.pack("!IHBB", 6 << 28, len(body), protocol, 64)
-    return to + by + b"\x86\xdd" + ip + bytes(15) + b"\1" + bytes(15) + b"\2" + body
+        return to + by + b"\x08\x00" + ip + ends + body
+    return to + by + b"\x86\xdd" + struct.pack("!IHBB", 6 << 28, len(body), protocol, 64) + ends + body
 
 
 class Bench:
     """A service on our own device in a thread, and a raw socket on its link."""
 
     def __init__(
-        self, *, features: str = "", kind: int = ETH_P_TEST, queue_pairs: int = 1, **params: str
+        self, *, features: str = "", kind: int = ETH_P_TEST, poll: bool = False, **params: str
     ) -> None:
         self.function = open_function("net", {"peer": "sink", "threaded": "on", **params})
         assert isinstance(self.function.model, NetModel)
@@ -86,7 +96,7 @@ class Bench:
         self.model.peer = self.sent.append
         transport = PciTransport(self.function)
         transport.feature_filter = FeatureFilter.parse(features, feat.NET)
-        self.service = NetService(transport)
+        self.service = NetService(transport, poll=poll)
         self.socket = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(kind))
         self.socket.bind((self.service.ifname, kind))
         self.socket.settimeout(PATIENCE)
@@ -226,6 +236,29 @@ def test_a_device_that_is_slow_loses_nothing(bench: Callable[..., Bench]) -> Non
 
     one.function.device.executor.post(go_on)
     one.until(lambda: one.frames_sent() == outbound)
+
+
+@pytest.mark.parametrize("mode", ["interrupts", "poll"])
+def test_a_device_that_forgets_frames_is_reminded(bench: Callable[..., Bench], mode: str) -> None:
+    """Also while others come in all the time."""
+    one = bench(poll=mode == "poll")
+    serve = one.model.serve
+
+    def reminders() -> int:
+        return int(one.service.stats()["queues"][0]["tx_reminders"])
+
+    def forgetful(queue: Any) -> None:
+        if queue.index != 1 or reminders():
+            serve(queue)
+
+    one.model.serve = forgetful  # type: ignore[method-assign]
+    one.socket.send(frame(1))
+    deadline = time.monotonic() + PATIENCE
+    while frame(1) not in one.frames_sent():
+        assert time.monotonic() < deadline, one.service.stats()
+        one.model.deliver(frame(2))
+        time.sleep(0.005)
+    assert reminders()
 
 
 def test_a_link_that_is_down_costs_frames_and_counts_them(bench: Callable[..., Bench]) -> None:
