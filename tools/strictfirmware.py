@@ -143,6 +143,7 @@ def _ovmf(root: Path, home: Path) -> list[str]:
 def _ovmf_blk(console: Console) -> None:
     """The shell runs what lies on the disk."""
     console.wait(b"STRICT-DONE")
+    console.wait(b"Shell>")
 
 
 def _ipxe(root: Path, home: Path) -> list[str]:
@@ -167,6 +168,7 @@ def _ipxe(root: Path, home: Path) -> list[str]:
 
 def _ipxe_net(console: Console) -> None:
     console.wait(b"STRICT-DONE")
+    console.wait(b"iPXE>")
 
 
 def _u_boot(root: Path, home: Path) -> list[str]:
@@ -266,14 +268,16 @@ def boot(name: str, scenario: Scenario, run: Run, home: Path, device: str = "") 
         trouble = ""
         try:
             firmware.talk(Console(ours))
+            # It waits for a command: what it has not done by now it does not do.
+            lives.finish()
         except TimeoutError as error:
             trouble = f"{error} {(home / 'qemu.log').read_text().strip()}"
         finally:
-            # While its rings are there to be looked at.
-            lives.finish()
             qemu.kill()
             qemu.wait()
             ours.close()
+    if trouble:
+        lives.finish()
     return trouble
 
 

@@ -78,7 +78,8 @@ def run(
         status = pytest.main(arguments, plugins=[collector, *plugins])
     if status == pytest.ExitCode.NO_TESTS_COLLECTED:
         raise UsageError("no check was selected", hint="guestpv conform device SPEC --select DEV-PCI")
-    if status == pytest.ExitCode.INTERRUPTED:
+    # So pytest also calls it when checks could not be collected, as the device could not be looked at.
+    if status == pytest.ExitCode.INTERRUPTED and not collector.broken:
         raise KeyboardInterrupt
     if status == pytest.ExitCode.USAGE_ERROR:
         problem = [line for line in said.getvalue().splitlines() if line.startswith("ERROR: ")]

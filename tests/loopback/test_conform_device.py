@@ -126,6 +126,12 @@ def test_what_makes_no_sense_is_refused(words: list[str], complaint: str) -> Non
     assert complaint in done.stderr
 
 
+def test_a_device_that_cannot_be_driven_is_told_of() -> None:
+    done = conform("loopback:rng?translated=on&offer=-access_platform", "--select", "DEV-STATUS-05")
+    assert done.returncode == 1
+    assert "ACCESS_PLATFORM" in done.stderr
+
+
 def test_each_job_has_a_device_of_its_own(tmp_path: Path) -> None:
     for number in range(2):
         (tmp_path / f"disk{number}").write_bytes(bytes(1 << 20))

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import re
 import shlex
@@ -20,7 +21,7 @@ from guestpv.conformance import catalogue, runner, tap
 from guestpv.conformance.report import Report, now, versions
 from guestpv.conformance.rig import require_type
 from guestpv.conformance.verdict import Outcome, Verdict
-from guestpv.errors import GuestpvError, UsageError
+from guestpv.errors import FeaturesRefused, GuestpvError, UsageError
 from guestpv.opener import open as open_device
 from guestpv.vfio.binding import bind
 from guestpv.vfio.survey import Function, survey
@@ -126,6 +127,8 @@ def check(function: Function, options: argparse.Namespace, console: Console) -> 
         bind(function.address, force=True)
         with open_device(f"vfio:{function.address}") as transport:
             require_type(transport)
+            with contextlib.suppress(FeaturesRefused):
+                transport.negotiate(0)
         runner.run(
             f"vfio:{function.address}",
             select=options.select,
