@@ -143,7 +143,7 @@ def _ovmf(root: Path, home: Path) -> list[str]:
 def _ovmf_blk(console: Console) -> None:
     """The shell runs what lies on the disk."""
     console.wait(b"STRICT-DONE")
-    console.wait(b"Shell>")
+    console.wait(b"FS0:")
 
 
 def _ipxe(root: Path, home: Path) -> list[str]:
