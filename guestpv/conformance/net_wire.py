@@ -26,7 +26,7 @@ SOL_PACKET: Final = 263
 PACKET_VNET_HDR: Final = 15
 PACKET_OUTGOING: Final = 4
 ETH_P_ALL: Final = 3
-SIOCGIFFLAGS, SIOCSIFFLAGS, SIOCSIFMTU, IFF_UP = 0x8913, 0x8914, 0x8922, 1
+SIOCGIFFLAGS, SIOCSIFFLAGS, SIOCGIFMTU, SIOCSIFMTU, IFF_UP = 0x8913, 0x8914, 0x8921, 0x8922, 1
 VNET: Final = struct.Struct("<BBHHHH")
 """The header in front of packets of a packet socket: virtio's without num_buffers (packet(7))."""
 MOST: Final = 1 << 17
@@ -84,20 +84,35 @@ class LinkEnd:
                 hint="run the checks as root; QEMU's netdev=dgram needs no privilege",
             ) from error
         rig.undo.callback(self._socket.close)
-        self._raise(name)
+        self._raise(name, rig)
         self._socket.setsockopt(SOL_PACKET, PACKET_VNET_HDR, 1)
         self._socket.bind((name, ETH_P_ALL))
         self._socket.setblocking(False)
         self._rig = rig
 
-    def _raise(self, name: str) -> None:
-        """Set the interface up, with the largest MTU and with nothing to say of its own."""
+    def _raise(self, name: str, rig: Rig) -> None:
+        """Set the interface up, with the largest MTU and with nothing to say of its own, for the case."""
+        quiet = Path(f"/proc/sys/net/ipv6/conf/{name}/disable_ipv6")
         with contextlib.suppress(OSError):
-            Path(f"/proc/sys/net/ipv6/conf/{name}/disable_ipv6").write_text("1")
-        request = struct.pack("16sH14x", name.encode(), 0)
-        (flags,) = struct.unpack_from("H", fcntl.ioctl(self._socket, SIOCGIFFLAGS, request), 16)
-        fcntl.ioctl(self._socket, SIOCSIFMTU, struct.pack("16si12x", name.encode(), MTU))
-        fcntl.ioctl(self._socket, SIOCSIFFLAGS, struct.pack("16sH14x", name.encode(), flags | IFF_UP))
+            rig.undo.callback(self._back, quiet.write_text, quiet.read_text())
+            quiet.write_text("1")
+        changes: tuple[tuple[int, int, str, Callable[[int], int]], ...] = (
+            (SIOCGIFMTU, SIOCSIFMTU, "i", lambda mtu: max(mtu, MTU)),
+            (SIOCGIFFLAGS, SIOCSIFFLAGS, "H", lambda flags: flags | IFF_UP),
+        )
+        for ask, tell, form, change in changes:
+            before = fcntl.ioctl(self._socket, ask, struct.pack("16s24x", name.encode()))
+            (value,) = struct.unpack_from(form, before, 16)
+            after = bytearray(before)
+            struct.pack_into(form, after, 16, change(value))
+            rig.undo.callback(self._back, fcntl.ioctl, self._socket, tell, before)
+            fcntl.ioctl(self._socket, tell, bytes(after))
+
+    @staticmethod
+    def _back(call: Callable[..., object], *arguments: object) -> None:
+        """Undo what was done to an interface, which may be gone with the device that brought it."""
+        with contextlib.suppress(OSError):
+            call(*arguments)
 
     def deliver(self, packet: Packet) -> None:
         """See ``End``."""
