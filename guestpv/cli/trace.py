@@ -94,6 +94,9 @@ def trace(
 
         context.exit(replay.main(list(words[1:]), "guestpv trace replay", standalone_mode=False) or 0)
     _check(words)
+    for path in filter(None, (html, jsonl, pcapng)):
+        # Found out before the verb does anything.
+        path.open("ab").close()
     from ..opener import Tracing
     from ..trace.record import Recorder
     from .main import main

@@ -149,7 +149,15 @@ def _net_taken(queue: int, features: int, buffer: Buffer, written: bytes, length
     return f"net header {words}; {frame_words(written[dtype.itemsize :], length - dtype.itemsize)}"
 
 
+def _numbered_densely(queue: int, features: int) -> bool:
+    """Whether the standard has no queue of this number with these features, so that it means another one."""
+    bit = balloon.OPTIONAL_QUEUES.get(queue)
+    return bit is not None and not features >> bit & 1
+
+
 def _balloon_added(queue: int, features: int, buffer: Buffer) -> str:
+    if _numbered_densely(queue, features):
+        return ""
     if queue == balloon.REPORTING_VQ:
         return f"report of {buffer.writable_bytes // balloon.PAGE_BYTES} free pages"
     if queue in (balloon.INFLATEQ, balloon.DEFLATEQ):
@@ -165,6 +173,8 @@ def _balloon_added(queue: int, features: int, buffer: Buffer) -> str:
 
 
 def _balloon_taken(queue: int, features: int, buffer: Buffer, written: bytes, length: int) -> str:
+    if _numbered_densely(queue, features):
+        return ""
     if queue == balloon.STATSQ:
         return "statistics are asked for"
     return "the host knows"

