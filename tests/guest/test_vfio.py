@@ -141,6 +141,41 @@ with guestpv.open(A) as t, Rng(t) as device:
     assert guest(vm, rng, script) == ["msix True", "True True"]
 
 
+def test_a_real_function_is_traced(vm: Machine, rng: str) -> None:
+    """Real registers and rings, with the interrupt that ended a real sleep."""
+    script = """
+from guestpv.trace import Recorder
+bind(A)
+recorder = Recorder()
+with guestpv.open("vfio:" + A, trace=recorder) as transport:
+    transport.negotiate(0)
+    queue = transport.make_queue(0)
+    transport.driver_ok()
+    queue.add(writable=[transport.pool.allocate(16)])
+    queue.enable_interrupts()
+    queue.publish()
+    say(queue.wait(60.0, spin_us=0), len(list(queue.completions())))
+events = [event for event in recorder.events if not event.kind.startswith("config-")]
+say(json.dumps([[event.kind, event.text] for event in events]))
+"""
+    first, told = guest(vm, rng, script)
+    assert first == "True 1"
+    events = json.loads(told)
+    texts = [text for _, text in events]
+    dance = [text.split(" = ")[1][:4] for text in texts if text.startswith("write device_status")]
+    assert dance[-5:] == ["0x01", "0x03", "0x0b", "0x0f", "0x00"]
+    for text in (
+        "places buffer 0: 16 random bytes wanted",
+        "kick needed: avail_event 0, moved 0 to 1",
+        "rings queue_notify = 0x0000 queue 0",
+        "interrupt, vector 1: queue 0",
+        "takes back buffer 0, 16 bytes written: 16 random bytes",
+    ):
+        assert text in texts
+    order = [kind for kind, _ in events if kind in ("add", "publish", "doorbell", "used", "reap")]
+    assert order == ["add", "publish", "doorbell", "used", "reap"]
+
+
 def test_intx_interrupts_arrive(vm: Machine) -> None:
     address = vm.plug(f"virtio-rng-pci,id=hot0,vectors=0,{MODERN}")
     try:
