@@ -1,0 +1,130 @@
+"""What runs in the guest during a soak, as source text."""
+
+from __future__ import annotations
+
+from typing import Final
+
+BREAKABLE: Final = '''
+"""guestpv, whose device is broken by SIGUSR1 (a ring that cannot be) and reset behind its back by SIGUSR2."""
+import gc, signal, struct
+from guestpv.transport.pci import PciTransport
+from guestpv.virtqueue.layout import SplitRings
+
+def break_it(number, frame):
+    for transport in [one for one in gc.get_objects() if isinstance(one, PciTransport)]:
+        if number == signal.SIGUSR2:
+            transport.common.write("device_status", 0)
+            continue
+        for index, queue in transport.queues.items():
+            if isinstance(queue.rings, SplitRings):
+                idx = int(queue.rings.avail["idx"])
+                queue.rings.avail["idx"] = (idx + queue.size + 7) & 0xFFFF
+                transport.common.write("queue_select", index)
+                at = transport.common.read("queue_notify_off") * transport._notify.extra
+                transport.function.bar(transport._notify.bar).write(transport._notify.offset + at, 2, index)
+
+signal.signal(signal.SIGUSR1, break_it)
+signal.signal(signal.SIGUSR2, break_it)
+from guestpv.cli.main import main
+main()
+'''
+
+ECHO: Final = '''
+"""Echo server, in the network namespace of the host's side."""
+import socket, sys, threading
+def serve(conn):
+    try:
+        with conn:
+            while data := conn.recv(65536):
+                conn.sendall(data)
+    except OSError:
+        pass
+with socket.create_server((sys.argv[1], int(sys.argv[2]))) as server:
+    print("ready", flush=True)
+    while True:
+        threading.Thread(target=serve, args=server.accept()[:1], daemon=True).start()
+'''
+
+TALK: Final = '''
+"""Echoes of changing sizes over TCP; a connection that broke is made anew. A line of JSON every 2 s."""
+import json, os, random, socket, sys, time
+host, port = sys.argv[1], int(sys.argv[2])
+choose, rounds, broken, conn = random.Random(1), 0, 0, None
+while True:
+    times, until = [], time.monotonic() + 2
+    while time.monotonic() < until:
+        while os.path.exists("/tmp/rest"):
+            open("/tmp/talk-rests", "w").close()
+            time.sleep(0.05)
+        if os.path.exists("/tmp/talk-rests"):
+            os.remove("/tmp/talk-rests")
+        block = rounds.to_bytes(8, "little") * choose.choice((8, 180, 1024, 8192))
+        begun = time.monotonic()
+        try:
+            if conn is None:
+                conn = socket.create_connection((host, port), timeout=60)
+            conn.sendall(block)
+            back = b""
+            while len(back) < len(block):
+                piece = conn.recv(65536)
+                if not piece:
+                    raise OSError("closed")
+                back += piece
+        except OSError as error:
+            print(json.dumps({"lost": str(error)}), flush=True)
+            broken += 1
+            conn = None
+            time.sleep(0.5)
+            continue
+        if back != block:
+            print(json.dumps({"changed": rounds}), flush=True)
+            sys.exit(1)
+        rounds += 1
+        times.append(time.monotonic() - begun)
+    times.sort()
+    middle = times[len(times) // 2] * 1e3 if times else None
+    print(json.dumps({"rounds": rounds, "broken": broken, "ms": middle}), flush=True)
+'''
+
+DISK: Final = """
+while true; do
+    while [ -e /tmp/rest ]; do : > /tmp/disk-rests; sleep 0.1; done
+    rm -f /tmp/disk-rests
+    fio --name=load --filename=/dev/nbd0 --ioengine=libaio --direct=1 --rw=randrw --bsrange=4k-64k \\
+        --iodepth=8 --size=8M --io_size=8M --fsync=32 --verify=crc32c --verify_fatal=1 --randrepeat=0 \\
+        --output-format=json --output=/tmp/fio.json || { echo '{"failed": 1}'; exit 1; }
+    python3 -c 'import json; j = json.load(open("/tmp/fio.json"))["jobs"][0]
+print(json.dumps({"verified": 1, "ms": j["write"]["clat_ns"]["mean"] / 1e6}))'
+done
+"""
+
+PROBE: Final = '''
+"""What the services say, and what their processes hold."""
+import json, os, pathlib
+from guestpv.services.control import ask
+found = {}
+for name, place in (("net", ""), ("blk", "blk"), ("balloon", "balloon")):
+    for path in pathlib.Path("/run/guestpv", place).glob("*.sock"):
+        if path.name.endswith(".capture.sock"):
+            continue
+        try:
+            status = ask(path, "status", 60)
+        except Exception as error:
+            found[name] = {"error": str(error)}
+            continue
+        if "pid" not in status:
+            found[name] = {"error": str(status)}
+            continue
+        pid = status["pid"]
+        words = dict(line.split(":", 1) for line in open(f"/proc/{pid}/status").read().splitlines())
+        status["process"] = {
+            "descriptors": len(os.listdir(f"/proc/{pid}/fd")),
+            "mappings": len(open(f"/proc/{pid}/maps").readlines()),
+            "resident_kib": int(words["VmRSS"].split()[0]),
+            "pinned_kib": int(words.get("VmPin", "0").split()[0]) + int(words["VmLck"].split()[0]),
+            "threads": int(words["Threads"]),
+        }
+        status.pop("events", None)
+        found[name] = status
+print(json.dumps(found))
+'''
