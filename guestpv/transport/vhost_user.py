@@ -559,6 +559,8 @@ class VhostUserTransport(Transport):
         if not session.has(PF.CONFIG):
             raise UsageError("the back end has no device configuration", where=self.name)
         session.tell(Request.SET_CONFIG, Config(offset, value.to_bytes(width, "little")))
+        # What the back end made of it is asked for by the next read.
+        self._config = b""
 
     # The end.
 

@@ -22,7 +22,7 @@ from guestpv.drivers.blk import Blk
 from guestpv.errors import DeviceGone, GuestpvError, Refused, TimeLimit, UsageError
 from guestpv.memory import DmaBuffer
 from guestpv.spec import blk as spec
-from guestpv.spec.features import F_EVENT_IDX, F_INDIRECT_DESC, F_RING_PACKED, mask
+from guestpv.spec.features import F_EVENT_IDX, F_INDIRECT_DESC, F_RING_PACKED, F_VERSION_1, mask
 from guestpv.transport.vhost_user import VhostUserTransport
 from guestpv.virtqueue.queue import Virtqueue
 from guestpv.wire.stream import ProtocolError
@@ -139,6 +139,15 @@ def qcow2(path: Path, size: int) -> None:
     struct.pack_into(">Q", image, cluster, 2 * cluster)
     struct.pack_into(">4H", image, 2 * cluster, 1, 1, 1, 1)
     path.write_bytes(image)
+
+
+def test_what_was_written_to_the_configuration_is_read(start: Start, connect: Open) -> None:
+    transport = connect(start(NULL))
+    transport.negotiate(transport.offered & mask((spec.F_CONFIG_WCE, spec.F_FLUSH, F_VERSION_1)))
+    field = spec.CONFIG["writeback"]
+    for value in (1, 0, 1):
+        transport.write_config(field.offset, field.width, value)
+        assert transport.read_config(field.offset, field.width) == value
 
 
 def test_what_the_back_end_is(start: Start, connect: Open) -> None:
