@@ -31,7 +31,8 @@ EXIT_TIME_LIMIT = 124
 def machine_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """The options that `run` and `shell` share."""
     options = [
-        click.option("--kernel", type=click.Choice(list(kernels.SUITES)), default="6.1", show_default=True),
+        click.option("--kernel", type=click.Choice(kernels.SERIES), default="6.1", show_default=True,
+                     help="6.12+vfio is 6.12 with iommufd, cdev and no-IOMMU."),
         click.option("--qemu-device", "devices", multiple=True, metavar="STRING",
                      help="QEMU's -device value; behind a root port of its own unless it has bus=. May be "
                           "repeated. Without any: net (user network), rng, 64 MiB scratch disk and balloon."),
@@ -59,8 +60,8 @@ def main() -> None:
 
 
 @main.command()
-@click.option("--kernel", "series", type=click.Choice(list(kernels.SUITES)), multiple=True,
-              help="Only this kernel; may be repeated. All by default.")  # fmt: skip
+@click.option("--kernel", "series", type=click.Choice(kernels.SERIES), multiple=True,
+              help="Only this kernel; may be repeated. All of Debian's by default.")  # fmt: skip
 @click.option("--refresh", is_flag=True, help="Look in Debian's archive for newer kernel packages.")
 def build(series: tuple[str, ...], refresh: bool) -> None:
     """Fetch the kernels and build the guest, so that `run` need not."""

@@ -2,7 +2,6 @@
 
 import gzip
 import lzma
-import os
 import platform
 import shutil
 import subprocess
@@ -11,14 +10,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from guestvm import cache
+from guestvm.archive import Archive
 from guestvm.errors import LabError
+from guestvm.programs import run
 from guestvm.progress import Progress
 
 SUITES = {"6.1": "bookworm", "6.12": "trixie"}
 """Kernel series and the Debian suite whose linux-image-amd64 is of that series."""
 
-KEYRING = "/usr/share/keyrings/debian-archive-keyring.gpg"
-DEFAULT_MIRROR = "http://deb.debian.org/debian"
+REBUILT = {"6.12+vfio": "6.12"}
+"""The series with VFIO built anew, with what Debian leaves out (guestvm.modules), and the series it is."""
+
+SERIES = (*SUITES, *REBUILT)
 UNPACK_FORMAT = "1"
 
 
@@ -57,8 +60,12 @@ def get(series: str, progress: Progress, refresh: bool = False) -> Kernel:
     `refresh` looks in the archive for a newer package first. Raises LabError when the series is unknown or
     the package cannot be had.
     """
+    if series in REBUILT:
+        from guestvm import modules
+
+        return modules.rebuilt(series, get(REBUILT[series], progress, refresh), progress)
     if series not in SUITES:
-        raise LabError(f"kernel {series} is not known here; known: {', '.join(SUITES)}")
+        raise LabError(f"kernel {series} is not known here; known: {', '.join(SERIES)}")
     if platform.machine() != "x86_64":
         raise LabError(f"the guest lab boots x86-64 kernels; this machine is {platform.machine()}")
     key = f"{series}-{UNPACK_FORMAT}"
@@ -73,60 +80,25 @@ def _fetch(series: str, work: Path, progress: Progress) -> None:
     with progress.step(f"unpacking {package.name}"):
         (work / "package").write_text(package.stem.replace("_", " ").rsplit(" ", 1)[0] + "\n")
         tree = work / "tree"
-        _run(["dpkg-deb", "-x", str(package), str(tree)], "unpack the kernel's package")
+        run(["dpkg-deb", "-x", str(package), str(tree)], "unpack the kernel's package")
         package.unlink()
         _arrange(tree, work)
         shutil.rmtree(tree)
 
 
 def _download(series: str, suite: str, work: Path) -> Path:
-    """Download linux-image of `suite` with apt; the machine's own sources and state stay untouched."""
-    apt = work / "apt"
-    for sub in ("parts", "state/lists/partial", "cache/archives/partial"):
-        (apt / sub).mkdir(parents=True)
-    mirror, keyring = _mirror()
-    source = f"Types: deb\nURIs: {mirror}\nSuites: {suite}\nComponents: main\nSigned-By: {keyring}\n"
-    (apt / "parts" / "guestpv.sources").write_text(source)
-    options = [
-        "-qq",
-        "-oDir::Etc::SourceList=/dev/null",
-        f"-oDir::Etc::SourceParts={apt / 'parts'}",
-        f"-oDir::State={apt / 'state'}",
-        "-oDir::State::status=/dev/null",
-        f"-oDir::Cache={apt / 'cache'}",
-        "-oAcquire::Languages=none",
-        "-oAcquire::Retries=3",
-        # The downloads lie below a home directory, which apt's own user cannot enter.
-        f"-oAPT::Sandbox::User={'root' if os.geteuid() == 0 else ''}",
-    ]
-    what = f"fetch the kernel {series} from {mirror} {suite}"
-    _run(["apt-get", *options, "update"], what)
-    depends = _run(["apt-cache", *options, "depends", "--important", "linux-image-amd64"], what)
-    names = [line.split()[-1] for line in depends.splitlines() if "Depends:" in line]
+    """Download linux-image of `suite`."""
+    archive = Archive(work / "apt", suite, frozenset(SUITES.values()))
+    names = archive.depends("linux-image-amd64")
     if len(names) != 1 or not names[0].startswith(f"linux-image-{series}."):
         raise LabError(
-            f"cannot {what}: linux-image-amd64 there depends on {names or 'nothing'}, not on {series}"
+            f"cannot fetch the kernel {series} from {archive.name}: linux-image-amd64 there depends on "
+            f"{names or 'nothing'}"
         )
-    _run(["apt-get", *options, "download", names[0]], what, cwd=work, timeout=600)
+    archive.download(names, work)
     (package,) = work.glob("*.deb")
-    shutil.rmtree(apt)
+    shutil.rmtree(work / "apt")
     return package
-
-
-def _mirror() -> tuple[str, str]:
-    """URI and keyring of Debian's archive as the machine's own apt sources name it."""
-    columns = "$(REPO_URI)\t$(RELEASE)\t$(SIGNED_BY)"
-    listing = subprocess.run(
-        ["apt-get", "indextargets", "--format", columns, "Created-By: Packages", "Component: main"],
-        capture_output=True,
-        text=True,
-        timeout=60,
-    ).stdout
-    for line in listing.splitlines():
-        uri, release, keyring = line.split("\t")
-        if release.strip("/") in SUITES.values():
-            return uri, keyring if keyring.startswith("/") else KEYRING
-    return DEFAULT_MIRROR, KEYRING
 
 
 def _arrange(tree: Path, work: Path) -> None:
@@ -169,7 +141,7 @@ def extract_vmlinux(image: bytes) -> bytes | None:
 
 def depmod(base: Path, release: str) -> None:
     """Write modules.dep and its companions for base/lib/modules/RELEASE."""
-    _run(["depmod", "-b", str(base), release], "list the kernel modules' dependencies")
+    run(["depmod", "-b", str(base), release], "list the kernel modules' dependencies")
 
 
 def closure(kernel: Kernel, names: Iterable[str]) -> list[Path]:
@@ -205,17 +177,3 @@ def read_module(path: Path) -> bytes:
     if path.suffix == ".zst":
         return subprocess.run(["zstd", "-dcq"], input=data, capture_output=True, check=True).stdout
     return data
-
-
-def _run(command: list[str], what: str, cwd: Path | None = None, timeout: float = 300) -> str:
-    # Debian's ordinary users have no sbin in PATH, where depmod is.
-    env = {**os.environ, "PATH": f"{os.environ.get('PATH', os.defpath)}:/usr/sbin:/sbin"}
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, cwd=cwd, env=env)
-    except FileNotFoundError:
-        raise LabError(f"cannot {what}: {command[0]} is not installed") from None
-    except subprocess.TimeoutExpired:
-        raise LabError(f"cannot {what}: {command[0]} did not end within {timeout:.0f} s") from None
-    if done.returncode != 0:
-        raise LabError(f"cannot {what}: {' '.join(command[:2])} failed:\n{done.stderr.strip()}")
-    return done.stdout

@@ -24,8 +24,9 @@ IOMMUS = {
     "intel": (["-device", "intel-iommu,intremap=on,caching-mode=on"], "intel_iommu=on"),
     "virtio": (
         ["-device", "virtio-iommu-pci,bus=pcie.0,addr=0x1"],
-        "vfio_iommu_type1.allow_unsafe_interrupts=1",
+        "vfio_iommu_type1.allow_unsafe_interrupts=1 iommufd.allow_unsafe_interrupts=1",
     ),
+    "amd": (["-device", "amd-iommu,intremap=on"], ""),
     "none": ([], ""),
 }
 ROOT_PORT_SLOTS = range(0x4, 0x1D)

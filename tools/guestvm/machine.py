@@ -32,11 +32,11 @@ _starter = ThreadPoolExecutor(max_workers=1, thread_name_prefix="guest-starter")
 class Machine:
     """A guest. Use it as a context manager: it is booted on entry and ended on exit.
 
-    kernel: series, a key of guestvm.kernel.SUITES.
+    kernel: one of guestvm.kernel.SERIES.
     devices, netdevs, blockdevs, objects: QEMU's own option strings. Without `devices` it is the default lab.
         A PCI device without `bus=` gets a pcie-root-port of its own; `bus=pcie.0` puts it on the root bus.
     spare_ports: empty root ports spare0, spare1, ... for hot-plug.
-    iommu: intel, virtio or none. accel: auto (KVM where it works, else TCG), kvm or tcg.
+    iommu: intel, virtio, amd or none. accel: auto (KVM where it works, else TCG), kvm or tcg.
     trace: file and names of QEMU trace events (patterns) to write there from the start.
     limit: seconds that the machine may live (0: any); then it is killed.
     boot_limit: seconds until the agent must answer.

@@ -45,6 +45,8 @@ packages_of() {
         echo "squashfs-tools mksquashfs"
         echo "kmod depmod"
         echo "zstd zstd"
+        echo "make make" # VFIO's modules, built anew for one of the kernels
+        echo "xz-utils xz"
         echo "dpkg dpkg-deb"
         echo "debian-archive-keyring /usr/share/keyrings/debian-archive-keyring.gpg"
         local package
