@@ -8,6 +8,7 @@ errno means is left to the caller, who knows what it was doing.
 from __future__ import annotations
 
 import ctypes
+import errno
 import fcntl
 import mmap
 import os
@@ -172,6 +173,16 @@ class System:
         """A buffer object over mapped memory; every numpy view made of it keeps this object alive."""
         return (ctypes.c_uint8 * size).from_address(pointer)
 
+    def huge_file(self, size: int) -> int:
+        """Descriptor of a nameless file of ``size`` bytes in reserved huge pages of 2 MiB."""
+        fd = os.memfd_create("guestpv", os.MFD_CLOEXEC | os.MFD_HUGETLB | os.MFD_HUGE_2MB)
+        try:
+            os.ftruncate(fd, size)
+        except BaseException:
+            os.close(fd)
+            raise
+        return fd
+
     def page_frames(self, pointer: int, count: int) -> NDArray[np.uint64]:
         """Physical page numbers of ``count`` pages from ``pointer`` on, by ``/proc/self/pagemap``.
 
@@ -243,6 +254,21 @@ class System:
         except subprocess.TimeoutExpired as error:
             raise TimeoutError(f"{command[0]} did not end within {timeout:g} s") from error
         return done.returncode, done.stdout.strip()
+
+    def start_daemon(self, command: Sequence[str], fd: int) -> None:
+        """Run a program that goes into the background by itself, in a session of its own, without a shell.
+
+        It inherits ``fd`` as its standard input and nothing else that is open here. Returns once it has gone
+        there; ``OSError`` where it did not.
+        """
+        import subprocess
+
+        nothing = subprocess.DEVNULL
+        done = subprocess.run(
+            command, stdin=fd, stdout=nothing, stderr=nothing, start_new_session=True, cwd="/", check=False
+        )
+        if done.returncode:
+            raise OSError(errno.ECHILD, f"it ended with {done.returncode}", command[0])
 
     def pci_addresses(self) -> list[str]:
         """Addresses of all PCI functions, by udev.

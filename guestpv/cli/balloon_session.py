@@ -38,6 +38,7 @@ class Wishes:
         rate: bytes a second that the balloon grows by at most.
         force: also when something uses the function.
         restart: reset the device and go on when it breaks.
+        vfio_backend: the way into VFIO, or ``auto``.
     """
 
     spec: str | None = None
@@ -46,6 +47,7 @@ class Wishes:
     rate: int = DEFAULT_RATE
     force: bool = False
     restart: bool = False
+    vfio_backend: str = "auto"
 
 
 class BalloonSession(Driven):

@@ -13,6 +13,7 @@ from ..errors import UsageError
 from .completion import complete_address
 from .report import Report, reporting
 from .restarts import option as restart_option
+from .vfio_option import VFIO_BACKEND
 
 EXAMPLE = """\b
 Examples:
@@ -63,6 +64,7 @@ class Size(click.ParamType):  # type: ignore[type-arg,unused-ignore]
 @restart_option
 @click.option("--detach", is_flag=True, help="Return once it is up; `guestpv balloon down` ends it.")
 @click.option("--force", is_flag=True, help="Also when something uses the function.")
+@VFIO_BACKEND
 @reporting
 def up(
     report: Report,
@@ -73,6 +75,7 @@ def up(
     restart: bool,
     detach: bool,
     force: bool,
+    vfio_backend: str,
 ) -> None:
     """Drive the balloon SPEC: give memory to the host as it asks for it, and take it back.
 
@@ -89,7 +92,13 @@ def up(
     if rate < 4096:
         raise UsageError(f"--rate {rate} is less than a page a second", hint="guestpv balloon up --help")
     wishes = Wishes(
-        spec=spec, features=features, keep_free=keep_free, rate=rate, force=force, restart=restart
+        spec=spec,
+        features=features,
+        keep_free=keep_free,
+        rate=rate,
+        force=force,
+        restart=restart,
+        vfio_backend=vfio_backend,
     )
     if detach:
 

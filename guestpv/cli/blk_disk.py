@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any, Final, Protocol
 
+import click
 import numpy as np
 from numpy.typing import NDArray
 
@@ -19,8 +20,10 @@ from ..errors import GuestpvError, UsageError
 from ..opener import SCHEMES, Spec
 from ..opener import open as open_transport
 from ..vfio.binding import bind, unbind
+from ..vfio.noiommu import RISK
 from .blk_session import BLK
 from .report import Report
+from .vfio_option import is_noiommu
 
 CHUNK: Final = 1 << 20
 """Bytes that are copied at a time."""
@@ -71,7 +74,9 @@ def opened(spec: str) -> Iterator[Blk]:
     parsed = Spec.parse(spec)
     with ExitStack() as undo:
         if parsed.scheme == "vfio":
-            bound = bind(parsed.body)
+            if is_noiommu(parsed):
+                click.echo(f"warning: {RISK}", err=True)
+            bound = bind(parsed.body, noiommu=is_noiommu(parsed))
             if bound.changed:
                 undo.callback(unbind, parsed.body)
         transport = open_transport(spec)

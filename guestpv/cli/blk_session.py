@@ -37,6 +37,7 @@ class Wishes:
         poll: spin instead of waiting for interrupts.
         force: also when the machine uses the function.
         restart: reset the device and go on when it breaks.
+        vfio_backend: the way into VFIO, or ``auto``.
     """
 
     spec: str | None = None
@@ -46,6 +47,7 @@ class Wishes:
     poll: bool = False
     force: bool = False
     restart: bool = False
+    vfio_backend: str = "auto"
 
 
 class BlkSession(Driven):

@@ -9,6 +9,7 @@ import click
 from .completion import complete_address
 from .report import Report, reporting
 from .restarts import option as restart_option
+from .vfio_option import VFIO_BACKEND
 
 EXAMPLE = """\b
 Examples:
@@ -36,6 +37,7 @@ Examples:
 @restart_option
 @click.option("--detach", is_flag=True, help="Return once it is up; `guestpv blk down` ends it.")
 @click.option("--force", is_flag=True, help="Also when the machine uses it, as a mounted disk for example.")
+@VFIO_BACKEND
 @reporting
 def up(
     report: Report,
@@ -47,6 +49,7 @@ def up(
     restart: bool,
     detach: bool,
     force: bool,
+    vfio_backend: str,
 ) -> None:
     """Drive the disk SPEC as a block device of this machine, /dev/nbdN.
 
@@ -62,7 +65,14 @@ def up(
     from .driven import in_background
 
     wishes = Wishes(
-        spec=spec, features=features, index=index, queues=queues, poll=poll, force=force, restart=restart
+        spec=spec,
+        features=features,
+        index=index,
+        queues=queues,
+        poll=poll,
+        force=force,
+        restart=restart,
+        vfio_backend=vfio_backend,
     )
     if detach:
 

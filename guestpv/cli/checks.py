@@ -16,7 +16,9 @@ from ..opener import DRIVERS, SCHEMES, Spec
 from ..opener import open as open_transport
 from ..spec import features as feat
 from ..system import SYSTEM, System
-from ..vfio.survey import DEVICES, VFIO_DRIVER, Function, look_up, not_viable, survey
+from ..vfio.noiommu import ENABLE, HUGE_PAGES_HINT, PARAMETER, RISK, NoIommu
+from ..vfio.noiommu import is_enabled as noiommu_enabled
+from ..vfio.survey import DEVICES, VFIO_DRIVER, Function, look_up, noiommu_group_of, not_viable, survey
 from .checks_migration import UNSEEN, obstacles
 
 Verdict = Literal["ok", "warn", "fail"]
@@ -25,6 +27,8 @@ OLDEST_KERNEL: Final = (5, 4)
 """VFIO tells the usable I/O addresses from here on."""
 MEMLOCK_NEED: Final = 8 << 20
 """Bytes that a network device with one queue pair and all offloads pins at most."""
+HUGE_PAGES_NEED: Final = 4
+"""The same in huge pages."""
 CAP_NET_ADMIN: Final = 12
 CAP_IPC_LOCK: Final = 14
 
@@ -68,9 +72,13 @@ def examine(spec: str | None, system: System = SYSTEM) -> list[Check]:
     parsed = Spec.parse(spec) if spec is not None else None
     if parsed is not None and parsed.scheme != "vfio":
         return [opens(spec or "")]
-    checks = [check(system) for check in MACHINE]
+    noiommu = parsed is not None and parsed.params.get("backend") == NoIommu.backend
+    needs = [check for check in MACHINE if not noiommu or check not in (iommu, interrupts, memlock)]
+    checks = [check(system) for check in needs] + list(lockdown(system))
     if parsed is not None:
         function = look_up(parsed.body, system)
+        if noiommu:
+            return [*checks, *without_iommu(function, system)]
         return [*checks, *of_function(function, system)]
     known = [function for function in survey(system) if function.type in DRIVERS]
     if not known:
@@ -153,6 +161,48 @@ def modules(system: System) -> Check:
         f"kernel {release} has no module {names}",
         "Debian: apt install linux-image-amd64, then reboot into it",
     )
+
+
+def ways(system: System) -> Check:
+    """Which ways into VFIO there are; functions behind an IOMMU need one of the first two."""
+    name = "VFIO back-ends"
+    if not system.exists("/sys/module/vfio"):
+        return Check(name, "ok", "not known before the modules are loaded; type1 is in every kernel")
+    found = ["type1"] if system.exists("/sys/module/vfio_iommu_type1") else []
+    if system.exists("/dev/iommu"):
+        cdevs = re.search(r"^ *\d+ vfio-dev$", _read("/proc/devices", system), re.MULTILINE)
+        found.append("iommufd" if cdevs else "iommufd without nodes for functions (VFIO_DEVICE_CDEV)")
+    enabled = noiommu_enabled(system)
+    if enabled is not None:
+        found.append(f"noiommu ({'enabled' if enabled else 'not enabled'})")
+    text = ", ".join(found) or "none"
+    if enabled:
+        return Check(
+            name,
+            "warn",
+            f"{text}: with no-IOMMU mode a device can overwrite any memory of this machine",
+            f"as root, if nobody uses it: echo 0 > {PARAMETER}",
+        )
+    return Check(name, "ok" if found else "fail", text, "" if found else "modprobe vfio-pci")
+
+
+def lockdown(system: System) -> Iterator[Check]:
+    """The kernel's lockdown, where it is on: what loads VFIO's modules, and no more, depends on it."""
+    level = re.search(r"\[(integrity|confidentiality)\]", _read("/sys/kernel/security/lockdown", system))
+    if level:
+        yield Check(
+            "kernel lockdown",
+            "ok",
+            f"lockdown={level[1]}: VFIO, also without an IOMMU, and page numbers work as ever, but a "
+            "module has to be signed by who built the kernel: VFIO's must be those of the kernel's package",
+        )
+
+
+def _read(path: str, system: System) -> str:
+    try:
+        return system.read_text(path)
+    except OSError:
+        return ""
 
 
 def container(system: System) -> Check:
@@ -243,6 +293,7 @@ MACHINE: Final[tuple[Callable[[System], Check], ...]] = (
     iommu,
     interrupts,
     modules,
+    ways,
     container,
     memlock,
     tun,
@@ -281,6 +332,39 @@ def of_function(function: Function, system: System = SYSTEM) -> Iterator[Check]:
             node, command = f"/dev/vfio/{function.group}", f"guestpv bind {function.address}"
             yield _node(f"{where} node", node, command, f"{command} --user NAME", system)
     yield platform(function, where, system)
+
+
+def without_iommu(function: Function, system: System = SYSTEM) -> Iterator[Check]:
+    """What one function needs to be driven in VFIO's no-IOMMU mode."""
+    where = f"{function.address} {function.name}"
+    name = f"{where} no-IOMMU mode"
+    problem, hint = function.obstacle(noiommu=True)
+    if function.group is not None:
+        yield Check(name, "fail", "it is behind an IOMMU: there is no such mode for it", "leave backend out")
+        return
+    if problem:
+        yield Check(where, "fail", problem, hint)
+    number = noiommu_group_of(function.address, system)
+    enabled = noiommu_enabled(system)
+    if enabled is None:
+        loaded = system.exists("/sys/module/vfio")
+        text = "this kernel has none (VFIO_NOIOMMU)" if loaded else "not known before VFIO is loaded"
+        yield Check(name, "fail" if loaded else "warn", text, QEMU_IOMMU if loaded else "modprobe vfio-pci")
+    elif not enabled:
+        yield Check(name, "fail", "not enabled", f"as root: {ENABLE}")
+    elif number is None:
+        yield Check(name, "warn", RISK, f"guestpv bind --vfio-backend noiommu {function.address}")
+    else:
+        yield _node(name, f"/dev/vfio/noiommu-{number}", "modprobe vfio-pci", "run as root", system)
+        yield Check(name, "warn", RISK, f"better: {QEMU_IOMMU}")
+    pages = re.search(r"^HugePages_Free: +(\d+)", _read("/proc/meminfo", system), re.MULTILINE)
+    free = int(pages[1]) if pages else 0
+    yield Check(
+        f"{where} huge pages",
+        "ok" if free >= HUGE_PAGES_NEED else "fail",
+        f"{free} of 2 MiB free; a network device needs {HUGE_PAGES_NEED} at most",
+        "" if free >= HUGE_PAGES_NEED else HUGE_PAGES_HINT,
+    )
 
 
 def platform(function: Function, where: str, system: System = SYSTEM) -> Check:

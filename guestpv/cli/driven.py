@@ -25,10 +25,12 @@ from ..system import SYSTEM
 from ..transport.base import FeatureFilter, Transport
 from ..vfio.binding import bind, forget, unbind
 from ..vfio.lock import runtime_directory
+from ..vfio.noiommu import RISK
 from ..vfio.survey import DEVICES, Function, look_up, survey
 from .report import Report
 from .restarts import Restarts
 from .signals import Stop
+from .vfio_option import NOIOMMU, is_noiommu, with_backend
 
 TICK: Final = 1.0
 """Seconds between looks at what is up."""
@@ -82,11 +84,12 @@ class Kind:
                 hint="guestpv list",
             )
 
-    def choose(self, force: bool) -> Function:
+    def choose(self, force: bool, noiommu: bool = False) -> Function:
         """The only one that can be driven.
 
         Args:
             force: one that is in use counts, too.
+            noiommu: and one without an IOMMU.
 
         Raises:
             Refused: there is none.
@@ -95,7 +98,7 @@ class Kind:
         known = [function for function in survey() if function.type == self.device_type]
         if not known:
             raise Refused(f"this machine has no virtio {self.one}", hint=f"QEMU: {self.qemu}")
-        found = [function for function in known if function.drivable or (force and function.uses)]
+        found = [one for one in known if not one.obstacle(noiommu)[0] or (force and one.uses)]
         if not found:
             reasons = "; ".join(f"{function.address}: {function.problem}" for function in known)
             raise Refused(f"no {self.one} can be driven: {reasons}", hint=known[0].hint)
@@ -106,7 +109,7 @@ class Kind:
 
 
 class Asked(Protocol):
-    """What the user of every kind can ask for: a SPEC, features, to take what is in use, to restart it."""
+    """What the user of every kind can ask for: a SPEC, features, to take what is in use, restarts, how."""
 
     @property
     def spec(self) -> str | None: ...
@@ -116,6 +119,8 @@ class Asked(Protocol):
     def force(self) -> bool: ...
     @property
     def restart(self) -> bool: ...
+    @property
+    def vfio_backend(self) -> str: ...
 
 
 class Driven(ABC):
@@ -194,10 +199,13 @@ class Driven(ABC):
         """The device, bound if nobody had it, with the features that were asked for."""
         asked = self._asked
         wanted = FeatureFilter.parse(asked.features, self.kind.device_type)
-        spec = Spec.parse(asked.spec) if asked.spec else Spec("vfio", self.kind.choose(asked.force).address)
-        self._spec = asked.spec or f"vfio:{spec.body}"
+        backend = asked.vfio_backend
+        self._spec = with_backend(
+            asked.spec or f"vfio:{self.kind.choose(asked.force, backend == NOIOMMU).address}", backend
+        )
+        spec = Spec.parse(self._spec)
         if spec.scheme == "vfio":
-            self._take(spec.body, undo)
+            self._take(spec, undo)
         stop.check()
         transport = open_transport(self._spec)
         undo.callback(transport.close)
@@ -208,12 +216,14 @@ class Driven(ABC):
         stop.check()
         return transport
 
-    def _take(self, address: str, undo: ExitStack) -> None:
+    def _take(self, spec: Spec, undo: ExitStack) -> None:
         """Bind the function if nobody did; what was bound here is given back here."""
-        function = look_up(address)
+        if is_noiommu(spec):
+            self._say(f"WARNING: {RISK}")
+        function = look_up(spec.body)
         self._function = function.address
         self.kind.require(function.type, function.address)
-        bound = bind(function.address, force=self._asked.force)
+        bound = bind(function.address, force=self._asked.force, noiommu=is_noiommu(spec))
         self._driver_before, self._bound = bound.driver, bound.changed
         if bound.changed:
             undo.callback(self._give_back)

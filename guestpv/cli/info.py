@@ -68,8 +68,10 @@ def of_device(spec: str, transport: Transport) -> dict[str, Any]:
         "config_length": transport.config_length,
         "capabilities": [],
         "msix_vectors": None,
+        "vfio_backend": None,
     }
     if isinstance(transport, PciTransport):
+        data["vfio_backend"] = getattr(transport.function, "backend", None)
         data["capabilities"] = [structure(cap) for cap in transport.capabilities]
         data["msix_vectors"] = transport.function.msix_vectors
     return data
@@ -105,6 +107,7 @@ def of_kernel(spec: Spec, function: Function) -> dict[str, Any]:
             )
         ],
         "msix_vectors": None,
+        "vfio_backend": None,
     }
 
 
@@ -192,6 +195,8 @@ def show(data: dict[str, Any]) -> None:
         rows.append(
             ("interrupts", f"MSI-X, {data['msix_vectors']} vectors" if data["msix_vectors"] else "INTx")
         )
+    if data["vfio_backend"]:
+        rows.append(("VFIO", data["vfio_backend"]))
     if data["queues"] is not None:
         sizes = ", ".join(f"{queue['index']}: {queue['max_size']}" for queue in data["queues"])
         rows.append(("queues", f"{len(data['queues'])}; largest sizes {sizes}"))

@@ -36,6 +36,8 @@ def list_functions(report: Report) -> None:
 
 def describe(function: Function) -> dict[str, Any]:
     """A function for JSON."""
+    from ..vfio.backends import usable
+
     return {
         "address": function.address,
         "id": f"1af4:{function.device_id:04x}",
@@ -44,12 +46,23 @@ def describe(function: Function) -> dict[str, Any]:
         "kind": function.kind,
         "driver": function.driver,
         "group": function.group,
+        "backends": usable(function),
         "members": [asdict(member) for member in function.members],
         "uses": [asdict(use) for use in function.uses],
         "drivable": function.drivable,
         "problem": function.problem,
         "hint": function.hint,
     }
+
+
+def group_name(function: Function) -> str:
+    """The IOMMU group, or the one that VFIO made up without an IOMMU."""
+    from ..vfio.survey import noiommu_group_of
+
+    if function.group is not None:
+        return str(function.group)
+    made_up = noiommu_group_of(function.address)
+    return "-" if made_up is None else f"noiommu-{made_up}"
 
 
 def show(functions: list[Function], verbose: int) -> None:
@@ -69,7 +82,7 @@ def show(functions: list[Function], verbose: int) -> None:
             function.name,
             function.kind,
             function.driver or "-",
-            "-" if function.group is None else str(function.group),
+            group_name(function),
             Text("yes", "green") if function.drivable else Text("no", "red"),
         )
         for function in functions

@@ -13,6 +13,7 @@ from ..errors import UsageError
 from .completion import complete_address
 from .report import Report, reporting
 from .restarts import option as restart_option
+from .vfio_option import VFIO_BACKEND
 
 if TYPE_CHECKING:
     from ..drivers.net_control import Rss
@@ -52,6 +53,7 @@ Examples:
 @click.option(
     "--force", is_flag=True, help="Also when the machine uses it, as its default route for example."
 )
+@VFIO_BACKEND
 @reporting
 def up(
     report: Report,
@@ -69,6 +71,7 @@ def up(
     restart: bool,
     detach: bool,
     force: bool,
+    vfio_backend: str,
 ) -> None:
     """Drive the network device SPEC, or several of them, each as a link of this machine.
 
@@ -104,6 +107,7 @@ def up(
         rss=steering(rss_key, rss_table, queues) if rss_key else None,
         force=force,
         restart=restart,
+        vfio_backend=vfio_backend,
     )
     if len(specs) > 1:
         from .net_several import up_together

@@ -58,6 +58,10 @@ class Report:
             click.echo(text)
             sys.stdout.flush()
 
+    def warn(self, text: str) -> None:
+        """Tell about a danger, on standard error."""
+        click.echo(f"{click.style('warning:', fg='yellow', bold=True)} {text}", err=True)
+
     def failed(self, error: GuestpvError, data: Any = None) -> None:
         """Report an error: JSON on standard output, or text on standard error."""
         if self.as_json:

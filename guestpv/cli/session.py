@@ -47,6 +47,7 @@ class Wishes:
         rss: how received packets are steered, with RSS.
         force: also when the machine uses the function.
         restart: reset the device and go on when it breaks.
+        vfio_backend: the way into VFIO, or ``auto``.
     """
 
     spec: str | None = None
@@ -59,6 +60,7 @@ class Wishes:
     rss: Rss | None = None
     force: bool = False
     restart: bool = False
+    vfio_backend: str = "auto"
 
 
 class Session(Driven):

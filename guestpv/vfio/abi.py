@@ -1,6 +1,7 @@
-"""What ``<linux/vfio.h>`` says, as one table of our own; a test compares it with the kernel's headers.
+"""What ``<linux/vfio.h>`` and ``<linux/iommufd.h>`` say, as one table of our own.
 
-Names are the kernel's without the ``VFIO_`` prefix. All structures are in native byte order.
+A test compares it with the kernel's headers. Names are VFIO's without the ``VFIO_`` prefix, and iommufd's as
+they are (``IOMMU_IOAS_...``). All structures are in native byte order.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from ..system import System
 API_VERSION: Final = 0
 TYPE1_IOMMU: Final = 1
 TYPE1v2_IOMMU: Final = 3
+NOIOMMU_IOMMU: Final = 8
 
 
 def _request(number: int) -> int:
@@ -36,6 +38,16 @@ DEVICE_RESET: Final = _request(11)
 IOMMU_GET_INFO: Final = _request(12)
 IOMMU_MAP_DMA: Final = _request(13)
 IOMMU_UNMAP_DMA: Final = _request(14)
+DEVICE_BIND_IOMMUFD: Final = _request(18)
+DEVICE_ATTACH_IOMMUFD_PT: Final = _request(19)
+
+IOMMU_IOAS_ALLOC: Final = ord(";") << 8 | 0x81
+IOMMU_IOAS_IOVA_RANGES: Final = ord(";") << 8 | 0x84
+IOMMU_IOAS_MAP: Final = ord(";") << 8 | 0x85
+IOMMU_IOAS_UNMAP: Final = ord(";") << 8 | 0x86
+IOMMU_IOAS_MAP_FIXED_IOVA: Final = 1 << 0
+IOMMU_IOAS_MAP_WRITEABLE: Final = 1 << 1
+IOMMU_IOAS_MAP_READABLE: Final = 1 << 2
 
 GROUP_FLAGS_VIABLE: Final = 1 << 0
 GROUP_FLAGS_CONTAINER_SET: Final = 1 << 1
@@ -106,8 +118,10 @@ class CStruct:
         return offsets
 
     def pack(self, tail: bytes = b"", /, **values: int) -> bytearray:
-        """The structure followed by ``tail``; ``argsz`` is filled in, what is not given is 0."""
-        values.setdefault("argsz", self.size + len(tail))
+        """The structure followed by ``tail``; its size is filled in, what is not given is 0."""
+        first = self.fields[0][0]
+        if first in ("argsz", "size"):
+            values.setdefault(first, self.size + len(tail))
         return bytearray(self._packer.pack(*(values.get(name, 0) for name, _ in self.fields)) + tail)
 
     def unpack(self, data: bytes | bytearray, offset: int = 0) -> dict[str, int]:
@@ -142,6 +156,36 @@ IovaRange: Final = CStruct("vfio_iova_range", (("start", "Q"), ("end", "Q")))
 DmaAvail: Final = CStruct("vfio_iommu_type1_info_dma_avail", (*_HEADER, ("avail", "I")))
 DmaMap: Final = CStruct("vfio_iommu_type1_dma_map", (*_ARGS, ("vaddr", "Q"), ("iova", "Q"), ("size", "Q")))
 DmaUnmap: Final = CStruct("vfio_iommu_type1_dma_unmap", (*_ARGS, ("iova", "Q"), ("size", "Q")))
+BindIommufd: Final = CStruct("vfio_device_bind_iommufd", (*_ARGS, ("iommufd", "i"), ("out_devid", "I")))
+AttachIommufd: Final = CStruct("vfio_device_attach_iommufd_pt", (*_ARGS, ("pt_id", "I")))
+IoasAlloc: Final = CStruct("iommu_ioas_alloc", (("size", "I"), ("flags", "I"), ("out_ioas_id", "I")))
+IoasIovaRanges: Final = CStruct(
+    "iommu_ioas_iova_ranges",
+    (
+        ("size", "I"),
+        ("ioas_id", "I"),
+        ("num_iovas", "I"),
+        ("__reserved", "I"),
+        ("allowed_iovas", "Q"),
+        ("out_iova_alignment", "Q"),
+    ),
+)
+IoasRange: Final = CStruct("iommu_iova_range", (("start", "Q"), ("last", "Q")))
+IoasMap: Final = CStruct(
+    "iommu_ioas_map",
+    (
+        ("size", "I"),
+        ("flags", "I"),
+        ("ioas_id", "I"),
+        ("__reserved", "I"),
+        ("user_va", "Q"),
+        ("length", "Q"),
+        ("iova", "Q"),
+    ),
+)
+IoasUnmap: Final = CStruct(
+    "iommu_ioas_unmap", (("size", "I"), ("ioas_id", "I"), ("iova", "Q"), ("length", "Q"))
+)
 
 
 def query(system: System, fd: int, request: int, layout: CStruct, **values: int) -> bytearray:

@@ -13,8 +13,20 @@ from typing import Final
 
 from ..errors import AccessDenied, GuestpvError, Refused, TimeLimit, UsageError
 from ..system import SYSTEM, System
+from .container import CONTAINER_NODE
 from .lock import FunctionLock, holders, runtime_directory
-from .survey import DEVICES, VFIO_DRIVER, Function, Member, driver_of, look_up
+from .noiommu import ENABLE, is_enabled
+from .survey import (
+    DEVICES,
+    VFIO_DRIVER,
+    Function,
+    Member,
+    cdev_of,
+    driver_of,
+    look_up,
+    nodes_of,
+    noiommu_group_of,
+)
 
 LOG: Final = logging.getLogger(__name__)
 DRIVERS: Final = "/sys/bus/pci/drivers"
@@ -55,38 +67,66 @@ class Unbound:
     changed: bool
 
 
-def bind(address: str, *, force: bool = False, user: str | None = None, system: System = SYSTEM) -> Bound:
+def bind(
+    address: str,
+    *,
+    force: bool = False,
+    user: str | None = None,
+    noiommu: bool = False,
+    system: System = SYSTEM,
+) -> Bound:
     """Bind a virtio function to vfio-pci, remembering its kernel driver; half-done steps are undone.
 
     Args:
         force: take it even if the machine uses it.
-        user: who gets the group's node, to drive the function without being root.
+        user: who gets the function's nodes, to drive it without being root.
+        noiommu: for VFIO's no-IOMMU mode, which has to be enabled.
 
     Raises:
         UsageError: no such function or user, or not a virtio function.
-        Refused: the function is in use, or cannot be driven at all.
+        Refused: the function is in use, or cannot be driven at all; no-IOMMU mode is not enabled.
         AccessDenied: not root.
         GuestpvError: vfio-pci is missing or did not take the function.
     """
     function = look_up(address, system)
     owner = None if user is None else _user_id(user, system)
-    hopeless = function.kind == "legacy" or function.group is None
+    problem, hint = function.obstacle(noiommu)
+    hopeless = function.kind == "legacy" or (function.group is None and not noiommu)
     if hopeless or (function.uses and not force):
-        raise Refused(function.problem, where=function.address, hint=function.hint)
-    node = f"/dev/vfio/{function.group}"
+        raise Refused(problem, where=function.address, hint=hint)
     changed = function.driver != VFIO_DRIVER
+    noiommu = noiommu and function.group is None
     with ExitStack() as undo:
         if changed:
-            _load_vfio(function.address, system)
+            _load_vfio(function.address, noiommu, system)
+            if noiommu and not is_enabled(system):
+                raise _not_enabled(function.address, system)
             _take(function, undo, system)
-        _wait_for_node(node, system)
+        if noiommu:
+            node = f"/dev/vfio/noiommu-{noiommu_group_of(function.address, system)}"
+        else:
+            node = f"/dev/vfio/{function.group}"
+        _wait_for_node(node, function.address, system)
         if owner is not None:
-            with _explained(node, f"giving it to {user}", f"bind --user {user} {function.address}"):
-                system.chown(node, owner)
+            for path in filter(None, (node, cdev_of(function.address, system))):
+                with _explained(path, f"giving it to {user}", f"bind --user {user} {function.address}"):
+                    if system.exists(path):
+                        system.chown(path, owner)
         undo.pop_all()
     LOG.info("%s: bound to %s, before: %s", function.address, VFIO_DRIVER, function.driver)
     previous = function.driver if changed else (_recall(function.address, system) or {}).get("driver")
     return Bound(function.address, previous, node, changed, function.blockers)
+
+
+def _not_enabled(address: str, system: System) -> Refused:
+    if is_enabled(system) is None:
+        return Refused(
+            "this kernel's VFIO has no no-IOMMU mode",
+            where=address,
+            hint="it takes a kernel built with CONFIG_VFIO_NOIOMMU, which Debian's are not; or give the "
+            "guest an IOMMU: docs/vfio-in-a-guest.md",
+        )
+    return Refused("VFIO's no-IOMMU mode is not enabled", where=address, hint=f"as root: {ENABLE}")
 
 
 def unbind(address: str, *, force: bool = False, system: System = SYSTEM) -> Unbound:
@@ -179,42 +219,57 @@ def _give_back(address: str, record: dict[str, str | None] | None, system: Syste
 def _refuse_if_driven(function: Function, system: System) -> None:
     """An owner would hang the kernel's unbind; one of another function would lose its group's viability."""
     FunctionLock(function.address, system=system).close()
-    owners = holders(f"/dev/vfio/{function.group}", system)
+    group = function.group if function.group is not None else noiommu_group_of(function.address, system)
+    if group is None:
+        return
+    owners = dict.fromkeys(owner for node in nodes_of(group, system) for owner in holders(node, system))
     if owners:
         raise Refused(
-            f"IOMMU group {function.group} is in use by {', '.join(owners)}",
+            f"IOMMU group {group} is in use by {', '.join(owners)}",
             where=function.address,
             hint=f"end that process first, or `guestpv unbind --force {function.address}` asks it to let go",
         )
 
 
-def _load_vfio(address: str, system: System) -> None:
-    for module, sign in ((VFIO_DRIVER, f"{DRIVERS}/{VFIO_DRIVER}"), ("vfio_iommu_type1",) * 2):
-        sign = sign if "/" in sign else f"/sys/module/{sign}"
-        if system.exists(sign):
-            continue
-        if system.geteuid() != 0:
-            raise AccessDenied(
-                f"kernel module {module} is not loaded, and only root may load it",
-                where=address,
-                hint=f"sudo modprobe {module}",
-            )
-        try:
-            status, output = system.run(["modprobe", module])
-        except OSError as error:
-            status, output = 1, str(error)
-        if status or not system.exists(sign):
-            raise GuestpvError(
-                f"kernel module {module} cannot be loaded: {output or 'modprobe was silent'}",
-                where=address,
-                hint="boot a kernel that has it (Debian: apt install linux-image-amd64), or build it with "
-                "CONFIG_VFIO_PCI=m and CONFIG_VFIO_IOMMU_TYPE1=m",
-            )
+def _load_vfio(address: str, noiommu: bool, system: System) -> None:
+    _load(address, VFIO_DRIVER, f"{DRIVERS}/{VFIO_DRIVER}", system)
+    try:
+        _load(address, "vfio_iommu_type1", "/sys/module/vfio_iommu_type1", system)
+    except GuestpvError:
+        # No-IOMMU mode does without, and so does a kernel with iommufd, which came with vfio-pci.
+        if not noiommu and not system.exists("/sys/module/iommufd"):
+            raise
 
 
-def _wait_for_node(node: str, system: System) -> None:
+def _load(address: str, module: str, sign: str, system: System) -> None:
+    if system.exists(sign):
+        return
+    if system.geteuid() != 0:
+        raise AccessDenied(
+            f"kernel module {module} is not loaded, and only root may load it",
+            where=address,
+            hint=f"sudo modprobe {module}",
+        )
+    try:
+        status, output = system.run(["modprobe", module])
+    except OSError as error:
+        status, output = 1, str(error)
+    if status or not system.exists(sign):
+        raise GuestpvError(
+            f"kernel module {module} cannot be loaded: {output or 'modprobe was silent'}",
+            where=address,
+            hint="boot a kernel that has it (Debian: apt install linux-image-amd64), or build it with "
+            "CONFIG_VFIO_PCI=m and CONFIG_VFIO_IOMMU_TYPE1=m",
+        )
+
+
+def _wait_for_node(node: str, address: str, system: System) -> None:
+    """Wait for the group's node, or the function's own where VFIO makes none for groups."""
     deadline = system.monotonic() + TIME_LIMIT
     while not system.exists(node):
+        cdev = cdev_of(address, system)
+        if cdev is not None and system.exists(cdev) and not system.exists(CONTAINER_NODE):
+            return
         if system.monotonic() >= deadline:
             raise TimeLimit(
                 "the group's node did not appear", where=node, hint="mount -t devtmpfs devtmpfs /dev"

@@ -6,7 +6,7 @@ import bisect
 import mmap
 import weakref
 from collections.abc import Iterable
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from typing import Final
 
 import numpy as np
@@ -63,6 +63,40 @@ class Memory:
         # At exit the process goes with its memory; unmapping it under a running thread would be a crash.
         weakref.finalize(window, system.munmap, base, length).atexit = False
         self.array: NDArray[np.uint8] = np.frombuffer(memoryview(window), dtype=np.uint8)
+
+
+class HugeMemory(Memory):
+    """Zeroed memory of reserved huge pages in a file, so that another process can keep them, too.
+
+    Args:
+        size: bytes, a multiple of 2 MiB.
+
+    Attributes:
+        fd: descriptor of the file, open until ``release``.
+
+    Raises:
+        OSError: so many huge pages are not reserved.
+    """
+
+    def __init__(self, size: int, system: System) -> None:
+        self.size = size
+        self.huge = True
+        self._system = system
+        self.fd = system.huge_file(size)
+        with ExitStack() as undo:
+            undo.callback(self.release)
+            self.pointer = system.mmap(size, fd=self.fd, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE)
+            undo.callback(system.munmap, self.pointer, size)
+            window = system.window(self.pointer, size)
+            undo.pop_all()
+        weakref.finalize(window, system.munmap, self.pointer, size).atexit = False
+        self.array = np.frombuffer(memoryview(window), dtype=np.uint8)
+
+    def release(self) -> None:
+        """Close the file: the pages live on in what maps them, and with whoever else has it. Idempotent."""
+        fd, self.fd = self.fd, -1
+        if fd >= 0:
+            self._system.close(fd)
 
 
 class IovaAllocator:

@@ -18,9 +18,10 @@ from ..errors import DeviceGone, GuestpvError, Refused, UsageError
 from ..spec.pci import COMMAND_BUS_MASTER, COMMAND_INTX_DISABLE, COMMAND_MEMORY, PCI_CONFIG_COMMAND
 from ..system import MAP_FIXED, SYSTEM, System
 from . import abi
-from .container import Attachment, Type1Attachment
+from .backends import AUTO, check_name, choose
+from .context import Attachment
 from .lock import FunctionLock
-from .survey import IOMMU_HINT, VFIO_DRIVER, Function, look_up
+from .survey import VFIO_DRIVER, Function, look_up
 
 _READ: Final[dict[int, Any]] = {1: lib.gpv_read8, 2: lib.gpv_read16, 4: lib.gpv_read32}
 _WRITE: Final[dict[int, Any]] = {1: lib.gpv_write8, 2: lib.gpv_write16, 4: lib.gpv_write32}
@@ -118,9 +119,11 @@ class VfioFunction:
 
     Args:
         address: PCI address of a virtio function that is bound to vfio-pci.
+        backend: the way into VFIO: ``type1``, ``iommufd`` or ``noiommu``; ``auto`` is one of the first two.
 
     Attributes:
         info: what the survey says about it.
+        backend: the way that was taken.
 
     Raises:
         UsageError: no such function, or not a virtio one.
@@ -128,7 +131,7 @@ class VfioFunction:
         AccessDenied: no permission for the group's node.
     """
 
-    def __init__(self, address: str, *, system: System = SYSTEM) -> None:
+    def __init__(self, address: str, *, backend: str = AUTO, system: System = SYSTEM) -> None:
         self._system = system
         self.info: Function = look_up(address, system)
         self.name = self.info.address
@@ -140,15 +143,11 @@ class VfioFunction:
             raise Refused(
                 f"not bound to vfio-pci: {driver}", where=self.name, hint=f"guestpv bind {self.name}"
             )
-        if self.info.group is None:
-            raise Refused(
-                "no IOMMU group: the machine has no IOMMU, or its kernel does not use it",
-                where=self.name,
-                hint=IOMMU_HINT,
-            )
+        way, group = choose(self.info, backend, system)
+        self.backend = way.backend
         with ExitStack() as undo:
             undo.callback(FunctionLock(self.name, system=system).close)
-            attachment: Attachment = Type1Attachment(self.name, self.info.group, system=system)
+            attachment = Attachment(self.name, group, way, system=system)
             undo.callback(attachment.close)
             self._device = attachment.device
             self.dma = attachment.dma
@@ -384,7 +383,9 @@ def _whole(data: bytes, width: int, name: str) -> int:
 
 
 def open_function(body: str, params: Mapping[str, str]) -> VfioFunction:
-    """The function that ``vfio:0000:01:00.0`` names; the scheme has no parameters of its own."""
-    if params:
-        raise UsageError(f"the vfio scheme knows no parameter {', '.join(params)}", where=f"vfio:{body}")
-    return VfioFunction(body)
+    """The function that ``vfio:0000:01:00.0[?backend=type1|iommufd|noiommu]`` names."""
+    left = dict(params)
+    backend = check_name(left.pop("backend", ""), f"vfio:{body}")
+    if left:
+        raise UsageError(f"the vfio scheme knows no parameter {', '.join(left)}", where=f"vfio:{body}")
+    return VfioFunction(body, backend=backend)

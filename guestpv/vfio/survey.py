@@ -22,6 +22,7 @@ IOMMU = 23
 PEACEFUL_DRIVERS = (None, VFIO_DRIVER, "pci-stub", "pcieport")
 """Drivers of group members that leave the group viable."""
 
+NO_IOMMU_GROUP_PROBLEM = "no IOMMU group: the machine has no IOMMU, or its kernel does not use it"
 IOMMU_HINT = (
     "give the guest an IOMMU (QEMU: `-machine q35,kernel-irqchip=split -device intel-iommu,intremap=on,"
     "caching-mode=on`, and `iommu_platform=on` on the virtio device) and boot it with `intel_iommu=on`"
@@ -82,6 +83,12 @@ class Function:
     def drivable(self) -> bool:
         """Whether binding and opening it should succeed."""
         return not self.problem
+
+    def obstacle(self, noiommu: bool = False) -> tuple[str, str]:
+        """``problem`` and ``hint``; with ``noiommu``, those that are left where nobody asks for an IOMMU."""
+        if not noiommu or self.group is not None:
+            return self.problem, self.hint
+        return _problem(self.address, self.type, self.kind, 0, (), self.uses)
 
     @property
     def blockers(self) -> tuple[Member, ...]:
@@ -149,6 +156,28 @@ def members_of(group: int, system: System = SYSTEM) -> tuple[Member, ...]:
     )
 
 
+def noiommu_group_of(address: str, system: System = SYSTEM) -> int | None:
+    """The group that VFIO made up for a function without an IOMMU, in its no-IOMMU mode; else None."""
+    group = _link_name(f"{DEVICES}/{address}/iommu_group", system)
+    return int(group) if group is not None and group_of(address, system) is None else None
+
+
+def cdev_of(address: str, system: System = SYSTEM) -> str | None:
+    """The character device of a function that is bound to vfio-pci, None where the kernel makes none."""
+    with suppress(OSError):
+        for name in system.listdir(f"{DEVICES}/{address}/vfio-dev"):
+            # Every VFIO device has a name there; only with VFIO_DEVICE_CDEV has it a number and a node.
+            if system.exists(f"{DEVICES}/{address}/vfio-dev/{name}/dev"):
+                return f"/dev/vfio/devices/{name}"
+    return None
+
+
+def nodes_of(group: int, system: System = SYSTEM) -> list[str]:
+    """Nodes through which functions of an IOMMU group are driven: the group's, and those of its members."""
+    cdevs = [cdev_of(member.address, system) for member in members_of(group, system)]
+    return [f"/dev/vfio/{group}", f"/dev/vfio/noiommu-{group}", *filter(None, cdevs)]
+
+
 def _examine(address: str, system: System) -> Function:
     vendor, device = _number(address, "vendor", system), _number(address, "device", system)
     identity = identify(vendor, device)
@@ -189,7 +218,7 @@ def _problem(
             "QEMU: `disable-legacy=on,disable-modern=off` on the device",
         )
     if group is None:
-        return "no IOMMU group: the machine has no IOMMU, or its kernel does not use it", IOMMU_HINT
+        return NO_IOMMU_GROUP_PROBLEM, IOMMU_HINT
     if uses:
         return (
             "in use: " + "; ".join(use.detail for use in uses),

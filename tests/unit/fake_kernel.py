@@ -6,18 +6,25 @@ them are the real calls. What leaks can be counted: descriptors, mappings, DMA m
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import mmap
 import os
 import resource
+import socket
 import stat
+import threading
 import types
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from guestpv.system import System
-from guestpv.vfio import abi
+from guestpv.vfio import abi, guardian
+from guestpv.vfio.noiommu import PARAMETER
 
 BAR_SIZES = {1: 4096, 4: 16384}
 CONFIG_SIZE = 4096
@@ -46,6 +53,11 @@ class FakeFunction:
     """Interrupt index -> (count, flags)."""
     vendor: int = 0x1AF4
     bars: dict[int, int] = field(default_factory=lambda: dict(BAR_SIZES))
+    cdev: str | None = None
+    """Name of its character device, while vfio-pci has it."""
+    iommufd: FakeIommufd | None = None
+    made_up: int | None = None
+    """The group that VFIO made for it in no-IOMMU mode."""
     sparse: dict[int, list[tuple[int, int]]] = field(default_factory=dict)
     unmappable: set[int] = field(default_factory=set)
     override: str = ""
@@ -60,6 +72,12 @@ class FakeContainer:
     kind: int | None = None
     maps: dict[int, tuple[int, int]] = field(default_factory=dict)
     """I/O virtual address -> (CPU address, size)."""
+
+
+@dataclass(eq=False)
+class FakeIommufd:
+    ioas: int = 0
+    maps: dict[int, tuple[int, int]] = field(default_factory=dict)
 
 
 class FakeKernel(System):
@@ -77,7 +95,7 @@ class FakeKernel(System):
         self.drivers = {"virtio-pci", "vfio-pci", "pcieport", "e1000"}
         self.loadable: set[str] = set()
         """Modules that are not loaded, but can be."""
-        self.absent: set[str] = set()
+        self.absent = {"iommufd"}
         """Modules that the machine does not have."""
         self.user = 0
         self.env: dict[str, str] = {}
@@ -88,6 +106,11 @@ class FakeKernel(System):
         self.page_sizes = 0x40201000
         self.dma_limit = 65535
         self.huge_pages = 0
+        self.has_cdevs = False
+        """Whether it has iommufd and a character device for each function."""
+        self.frames_shown = True
+        self.raw_io = True
+        self.guardians: list[threading.Thread] = []
         self.interrupt_remapping = True
         self.extensions = {abi.TYPE1_IOMMU, abi.TYPE1v2_IOMMU}
         self.api_version = abi.API_VERSION
@@ -178,8 +201,25 @@ class FakeKernel(System):
     def containers(self) -> list[FakeContainer]:
         return [thing for kind, thing in self.open_fds.values() if kind == "container"]
 
+    def iommufds(self) -> list[FakeIommufd]:
+        return [thing for kind, thing in self.open_fds.values() if kind == "iommufd"]
+
     def dma_maps(self) -> dict[int, tuple[int, int]]:
-        return {iova: where for container in self.containers() for iova, where in container.maps.items()}
+        spaces = [*self.containers(), *self.iommufds()]
+        return {iova: where for space in spaces for iova, where in space.maps.items()}
+
+    def add_iommufd(self) -> None:
+        """From now on it is a kernel with iommufd and VFIO_DEVICE_CDEV."""
+        self.has_cdevs = True
+        self.absent.discard("iommufd")
+        self.nodes["/dev/iommu"] = 0
+        for function in self.functions.values():
+            if function.driver == "vfio-pci":
+                self._make_nodes(function)
+
+    def add_noiommu(self, enabled: bool = True) -> None:
+        """From now on it is a kernel with VFIO_NOIOMMU."""
+        self.files[PARAMETER] = "Y" if enabled else "N"
 
     def leaks(self) -> dict[str, Any]:
         """What is still held; all empty after everything was closed."""
@@ -204,9 +244,39 @@ class FakeKernel(System):
         self.links[f"/sys/bus/pci/devices/{function.address}/driver"] = (
             f"../../../../bus/pci/drivers/{driver}"
         )
-        if driver == "vfio-pci" and function.group is not None:
-            self.nodes.setdefault(f"/dev/vfio/{function.group}", 0)
+        if driver == "vfio-pci":
+            self._make_nodes(function)
         self.log.append(f"{driver} takes {function.address}")
+
+    def _make_nodes(self, function: FakeFunction) -> None:
+        """What VFIO makes when it takes a function."""
+        number = int(function.address[-4:-2], 16) * 8 + int(function.address[-1])
+        root = f"/sys/bus/pci/devices/{function.address}"
+        if function.group is not None:
+            self.nodes.setdefault(f"/dev/vfio/{function.group}", 0)
+        elif self.files.get(PARAMETER) == "Y":
+            group = function.made_up = 100 + number
+            self.links[f"{root}/iommu_group"] = f"../../../kernel/iommu_groups/{group}"
+            groups = f"/sys/kernel/iommu_groups/{group}"
+            self.links[f"{groups}/devices/{function.address}"] = f"../../../{function.address}"
+            self.files[f"{groups}/name"] = "vfio-noiommu"
+            self.nodes[f"/dev/vfio/noiommu-{group}"] = 0
+        if self.has_cdevs and function.group is not None:
+            function.cdev = f"vfio{number}"
+            self.files[f"{root}/vfio-dev/{function.cdev}/dev"] = f"243:{number}"
+            self.nodes[f"/dev/vfio/devices/{function.cdev}"] = 0
+
+    def _drop_nodes(self, function: FakeFunction) -> None:
+        root = f"/sys/bus/pci/devices/{function.address}"
+        if function.cdev is not None:
+            del self.files[f"{root}/vfio-dev/{function.cdev}/dev"]
+            del self.nodes[f"/dev/vfio/devices/{function.cdev}"]
+            function.cdev = None
+        if function.made_up is not None:
+            groups = f"/sys/kernel/iommu_groups/{function.made_up}"
+            del self.links[f"{root}/iommu_group"], self.links[f"{groups}/devices/{function.address}"]
+            del self.files[f"{groups}/name"], self.nodes[f"/dev/vfio/noiommu-{function.made_up}"]
+            function.made_up = None
 
     def remove(self, address: str) -> None:
         """Hot-unplug a function."""
@@ -222,6 +292,7 @@ class FakeKernel(System):
         self.log.append(f"{function.driver} loses {function.address}")
         function.driver = None
         del self.links[f"/sys/bus/pci/devices/{function.address}/driver"]
+        self._drop_nodes(function)
         others = [f for f in self.functions.values() if f.group == function.group and f.driver == "vfio-pci"]
         if not others:
             self.nodes.pop(f"/dev/vfio/{function.group}", None)
@@ -336,6 +407,20 @@ class FakeKernel(System):
             raise os_error(errno.ENOENT, path)
         if path == "/dev/vfio/vfio":
             return self._new("container", FakeContainer())
+        if path == "/dev/iommu" or path.startswith("/dev/vfio/devices/"):
+            if self.nodes[path] != self.user != 0:
+                raise os_error(errno.EACCES, path)
+            if path == "/dev/iommu":
+                return self._new("iommufd", FakeIommufd())
+            function = next(f for f in self.functions.values() if path.endswith(f"/{f.cdev}"))
+            return self._new("device", function, os.dup(function.memory))
+        if path.startswith("/dev/vfio/noiommu-"):
+            group = int(path.rpartition("-")[2])
+            if not self.raw_io:
+                raise os_error(errno.EPERM, path)
+            if any(kind == "group" and thing == group for kind, thing in self.open_fds.values()):
+                raise os_error(errno.EBUSY, path)
+            return self._new("group", group)
         if path.startswith("/dev/vfio/"):
             group = int(path.rpartition("/")[2])
             if self.nodes[path] != self.user != 0:
@@ -367,6 +452,7 @@ class FakeKernel(System):
         os.close(fd)
 
     def _release(self, function: FakeFunction) -> None:
+        function.iommufd = None
         for fds in function.triggers.values():
             for fd in fds:
                 os.close(fd)
@@ -428,6 +514,33 @@ class FakeKernel(System):
         )
         self.mappings[pointer] = (size, self.open_fds[fd][1] if fd >= 0 else None)
         return pointer
+
+    def huge_file(self, size: int) -> int:
+        if self.huge_pages * (2 << 20) < size:
+            raise os_error(errno.ENOMEM, "no huge pages")
+        fd = self._new("huge", None)
+        os.ftruncate(fd, size)
+        return fd
+
+    def page_frames(self, pointer: int, count: int) -> NDArray[np.uint64]:
+        """No two huge pages are neighbours."""
+        number = np.arange(count, dtype=np.uint64)
+        first = np.uint64(0x100000 + (pointer >> 12) % 0x10000 * 1024)
+        frames = first + number + number // np.uint64(512) * np.uint64(512)
+        return frames if self.frames_shown else np.zeros(count, np.uint64)
+
+    def start_daemon(self, command: Sequence[str], fd: int) -> None:
+        """The guardian, as a thread of ours, which looks at the fake's command register."""
+        assert command[-2] == guardian.__file__
+        address = command[-1]
+        theirs = socket.socket(fileno=os.dup(fd))
+
+        def is_quiet() -> bool:
+            return address not in self.functions or not self.command(address) & 4
+
+        thread = threading.Thread(target=guardian.serve, args=(theirs, is_quiet, 0.001))
+        thread.start()
+        self.guardians.append(thread)
 
     def munmap(self, pointer: int, size: int) -> None:
         assert self.mappings[pointer][0] == size
@@ -497,6 +610,10 @@ class FakeKernel(System):
     def _container_2(self, container: FakeContainer, kind: int) -> None:
         if container.group is None:
             raise os_error(errno.ENODEV)
+        if kind == abi.NOIOMMU_IOMMU:
+            assert any(f.made_up == container.group for f in self.functions.values())
+            container.kind = kind
+            return
         if not self.interrupt_remapping:
             raise os_error(errno.EPERM)
         assert kind in self.extensions
@@ -578,6 +695,60 @@ class FakeKernel(System):
             raise os_error(errno.ENODEV)
         assert any(c.group == group and c.kind is not None for c in self.containers())
         return self._new("device", function, os.dup(function.memory))
+
+    # iommufd's requests are numbered in the same row as VFIO's.
+
+    def _iommufd_29(self, iommufd: FakeIommufd, request: bytearray) -> None:
+        iommufd.ioas = 3
+        request[:] = abi.IoasAlloc.pack(out_ioas_id=3)
+
+    def _iommufd_32(self, iommufd: FakeIommufd, request: bytearray) -> None:
+        values = abi.IoasIovaRanges.unpack(request)
+        assert values["ioas_id"] == iommufd.ioas
+        flat = [number for pair in self.ranges for number in pair]
+        assert values["num_iovas"] >= len(self.ranges)
+        (ctypes.c_uint64 * len(flat)).from_address(values["allowed_iovas"])[:] = flat
+        granule = self.page_sizes & -self.page_sizes
+        values |= {"num_iovas": len(self.ranges), "out_iova_alignment": granule}
+        request[:] = abi.IoasIovaRanges.pack(**values)
+
+    def _iommufd_33(self, iommufd: FakeIommufd, request: bytearray) -> None:
+        values = abi.IoasMap.unpack(request)
+        assert (values["flags"], values["ioas_id"], values["size"]) == (7, iommufd.ioas, len(request))
+        iova, size = values["iova"], values["length"]
+        if any(iova < start + length and start < iova + size for start, (_, length) in iommufd.maps.items()):
+            raise os_error(errno.EEXIST)
+        if sum(length for _, length in iommufd.maps.values()) + size > self.memlock and self.user:
+            raise os_error(errno.ENOMEM)
+        iommufd.maps[iova] = (values["user_va"], size)
+        self.log.append(f"map {size}")
+
+    def _iommufd_34(self, iommufd: FakeIommufd, request: bytearray) -> None:
+        values = abi.IoasUnmap.unpack(request)
+        done = iommufd.maps.pop(values["iova"], (0, 0))[1]
+        if not done:
+            raise os_error(errno.ENOENT)
+        masters = [f for f in self.functions.values() if f.iommufd is iommufd and self.command(f.address) & 4]
+        self.log.append("unmap under bus master" if masters else "unmap")
+        request[:] = abi.IoasUnmap.pack(ioas_id=values["ioas_id"], iova=values["iova"], length=done)
+
+    def _device_18(self, function: FakeFunction, request: bytearray) -> None:
+        kind, iommufd = self.open_fds[abi.BindIommufd.unpack(request)["iommufd"]]
+        assert kind == "iommufd"
+        if function.iommufd is not None:
+            raise os_error(errno.EINVAL)
+        group = [f for f in self.functions.values() if f.group == function.group]
+        if any(f.driver not in (None, "vfio-pci", "pcieport") for f in group) or not self.interrupt_remapping:
+            raise os_error(errno.EPERM)
+        if any(kind == "group" and thing == function.group for kind, thing in self.open_fds.values()):
+            raise os_error(errno.EBUSY)
+        if any(f.iommufd not in (None, iommufd) for f in group):
+            raise os_error(errno.EPERM)
+        function.iommufd = iommufd
+
+    def _device_19(self, function: FakeFunction, request: bytearray) -> None:
+        assert function.iommufd is not None
+        assert abi.AttachIommufd.unpack(request)["pt_id"] == function.iommufd.ioas
 
     def _device_7(self, function: FakeFunction, reply: bytearray) -> None:
         self._answer(

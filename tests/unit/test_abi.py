@@ -13,19 +13,33 @@ from guestpv.vfio import abi
 
 STRUCTS = [thing for thing in vars(abi).values() if isinstance(thing, abi.CStruct)]
 CONSTANTS = {
-    f"VFIO_{name}": value for name, value in vars(abi).items() if name[0].isupper() and isinstance(value, int)
+    name if name.startswith("IOMMU_IOAS") else f"VFIO_{name}": value
+    for name, value in vars(abi).items()
+    if name[0].isupper() and isinstance(value, int)
 }
+NEWER = {name: value for name, value in CONSTANTS.items() if "IOAS" in name or "IOMMUFD" in name}
+"""What Linux 6.6 has, and the headers of Debian 12 have not."""
+OLD_HEADERS = "these kernel headers have no iommufd (Linux 6.6): the guest tier compares with newer ones"
 MEMORY = {name: getattr(system, name) for name in ("MAP_FIXED", "MAP_HUGETLB", "MAP_HUGE_2MB")}
 HEADERS = "#define _GNU_SOURCE\n" + "".join(
     f"#include <{name}.h>\n" for name in ("stddef", "stdio", "sys/mman", "linux/mman", "linux/vfio")
 )
 
 
-def _compile(folder: Path, body: str) -> str | None:
+IOMMUFD = "\n#include <linux/iommufd.h>\n"
+
+
+def has_iommufd() -> bool:
+    """Whether the headers are new enough, asked of the file that tells most plainly."""
+    return "DEVICE_ATTACH_IOMMUFD_PT" in Path("/usr/include/linux/vfio.h").read_text()
+
+
+def _compile(folder: Path, body: str, more: str = "", include: str = "/usr/include") -> str | None:
     """What a C program with these statements prints, or None where it does not compile."""
     source = folder / "abi.c"
-    source.write_text(f"{HEADERS}int main(void) {{\n{body}\nreturn 0;\n}}\n")
-    built = subprocess.run(["cc", "-o", folder / "abi", source], capture_output=True, check=False)
+    source.write_text(f"{HEADERS}{more}int main(void) {{\n{body}\nreturn 0;\n}}\n")
+    command = ["cc", "-I", include, "-o", folder / "abi", source]
+    built = subprocess.run(command, capture_output=True, check=False)
     if built.returncode:
         return None
     return subprocess.run([folder / "abi"], capture_output=True, check=True, text=True).stdout
@@ -39,30 +53,60 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def test_every_constant_has_the_headers_value(folder: Path) -> None:
-    ours = CONSTANTS | MEMORY
-    assert len(ours) > 45
+def compare_constants(
+    folder: Path, ours: dict[str, int], more: str = "", include: str = "/usr/include"
+) -> None:
+    """The headers give every constant the same value."""
     printed = _compile(
-        folder, "\n".join(f'printf("{name} %llu\\n", (unsigned long long){name});' for name in ours)
+        folder,
+        "\n".join(f'printf("{name} %llu\\n", (unsigned long long){name});' for name in ours),
+        more,
+        include,
     )
     assert printed is not None, "the headers lack one of the constants"
     theirs = {name: int(value) for name, value in map(str.split, printed.splitlines())}
     assert theirs == ours
 
 
-@pytest.mark.parametrize("layout", STRUCTS, ids=lambda layout: layout.name)
-def test_every_structure_has_the_headers_layout(folder: Path, layout: abi.CStruct) -> None:
+def compare_layout(folder: Path, layout: abi.CStruct, more: str = "", include: str = "/usr/include") -> None:
+    """The headers put every field of a structure at the same place."""
+
     def offset(name: str) -> str:
         return f'printf("{name} %zu\\n", offsetof(struct {layout.name}, {name}));'
 
     size = f'printf("sizeof %zu\\n", sizeof(struct {layout.name}));'
-    printed = _compile(folder, "\n".join([size, *map(offset, layout.offsets)]))
+    printed = _compile(folder, "\n".join([size, *map(offset, layout.offsets)]), more, include)
     assert printed is not None, f"the headers lack struct {layout.name} or one of its fields"
     theirs = {name: int(value) for name, value in map(str.split, printed.splitlines())}
     room = theirs.pop("sizeof")
     assert theirs == layout.offsets
     # The compiler, or a later header, pads the end to the alignment of 8.
     assert layout.size <= room < layout.size + 8
+
+
+def is_newer(layout: abi.CStruct) -> bool:
+    """Whether a structure came with iommufd."""
+    return layout.name.startswith("iommu_") or "iommufd" in layout.name
+
+
+def test_every_constant_has_the_headers_value(folder: Path) -> None:
+    ours = {name: value for name, value in CONSTANTS.items() if name not in NEWER} | MEMORY
+    assert len(ours) > 45
+    assert len(NEWER) >= 9
+    compare_constants(folder, ours)
+
+
+def test_every_constant_of_iommufd_has_the_headers_value(folder: Path) -> None:
+    if not has_iommufd():
+        pytest.skip(OLD_HEADERS)
+    compare_constants(folder, NEWER, IOMMUFD)
+
+
+@pytest.mark.parametrize("layout", STRUCTS, ids=lambda layout: layout.name)
+def test_every_structure_has_the_headers_layout(folder: Path, layout: abi.CStruct) -> None:
+    if is_newer(layout) and not has_iommufd():
+        pytest.skip(OLD_HEADERS)
+    compare_layout(folder, layout, IOMMUFD if is_newer(layout) else "")
 
 
 def test_pack_fills_in_argsz_and_zeros() -> None:

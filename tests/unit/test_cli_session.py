@@ -62,8 +62,8 @@ class World:
 
     # What stands in for the modules below.
 
-    def bind(self, address: str, *, force: bool = False) -> Any:
-        bound = real_bind(address, force=force, system=self.kernel)
+    def bind(self, address: str, *, force: bool = False, noiommu: bool = False) -> Any:
+        bound = real_bind(address, force=force, noiommu=noiommu, system=self.kernel)
         self.step("bind")
         return bound
 
@@ -406,6 +406,14 @@ def test_none_says_why(world: World) -> None:
     assert "--force" in caught.value.hint
     assert KIND.choose(force=True).address == NET
     world.kernel.files["/proc/net/route"] = "x"
+
+
+def test_one_without_an_iommu_is_chosen_only_when_asked_for(world: World) -> None:
+    world.kernel.remove(NET)
+    world.kernel.add(NET, group=None)
+    with pytest.raises(Refused, match="no IOMMU group"):
+        KIND.choose(force=False)
+    assert KIND.choose(force=False, noiommu=True).address == NET
 
 
 def test_there_is_no_network_function(world: World, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -77,7 +77,8 @@ def test_nothing_is_missing(machine: Machine) -> None:
     result = found(machine)
     assert {check.verdict for check in result.values()} == {"ok"}
     assert set(result) == {
-        *("kernel", "IOMMU", "interrupt remapping", "VFIO modules", "VFIO node", "locked memory", "TUN"),
+        *("kernel", "IOMMU", "interrupt remapping", "VFIO modules", "VFIO back-ends", "VFIO node"),
+        *("locked memory", "TUN"),
         "live migration",
         *(f"{NET} net", f"{NET} net group", f"{NET} net ACCESS_PLATFORM"),
     }
@@ -343,3 +344,43 @@ def test_the_verb_shows_each_check_and_what_mends_it(
     answer = json.loads(as_json.stdout)
     assert (as_json.exit_code, answer["ok"], answer["error"]["code"]) == (1, False, "failed")
     assert {check["verdict"] for check in answer["data"]} == {"ok", "warn", "fail"}
+
+
+def test_ways_into_vfio(machine: Machine) -> None:
+    assert found(machine)["VFIO back-ends"].text == "type1"
+    machine.add_iommufd()
+    assert "without nodes for functions" in found(machine)["VFIO back-ends"].text
+    machine.files["/proc/devices"] = "Character devices:\n243 vfio-dev\n"
+    assert found(machine)["VFIO back-ends"].text == "type1, iommufd"
+    machine.add_noiommu(enabled=False)
+    assert found(machine)["VFIO back-ends"].verdict == "ok"
+    machine.add_noiommu()
+    check = found(machine)["VFIO back-ends"]
+    assert (check.verdict, "can overwrite any memory" in check.text) == ("warn", True)
+    machine.absent |= {"vfio", "vfio_iommu_type1"}
+    assert "not known" in found(machine)["VFIO back-ends"].text
+
+
+def test_what_no_iommu_mode_needs(machine: Machine) -> None:
+    spec = f"{NET}?backend=noiommu"
+    assert "behind an IOMMU" in found(machine, spec)[f"{NET} net no-IOMMU mode"].text
+    machine.remove(NET)
+    machine.add(NET, group=None)
+    result = found(machine, spec)
+    assert "IOMMU" not in result, "nobody asks for one"
+    assert "this kernel has none" in result[f"{NET} net no-IOMMU mode"].text
+    assert result[f"{NET} net huge pages"].verdict == "fail"
+    machine.add_noiommu(enabled=False)
+    assert "echo 1 > " in found(machine, spec)[f"{NET} net no-IOMMU mode"].mend
+    machine.add_noiommu()
+    machine.files["/proc/meminfo"] = "HugePages_Total:       8\nHugePages_Free:        8\n"
+    result = found(machine, spec)
+    assert "guestpv bind --vfio-backend noiommu" in result[f"{NET} net no-IOMMU mode"].mend
+    assert {check.verdict for check in result.values()} == {"ok", "warn"}
+
+
+def test_lockdown_is_told(machine: Machine) -> None:
+    machine.files["/sys/kernel/security/lockdown"] = "[none] integrity confidentiality"
+    assert "kernel lockdown" not in found(machine)
+    machine.files["/sys/kernel/security/lockdown"] = "none [integrity] confidentiality"
+    assert found(machine)["kernel lockdown"].text.startswith("lockdown=integrity: ")

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from guestpv.errors import AccessDenied, GuestpvError, Refused, UsageError
 from guestpv.memory import DmaPool
 from guestpv.vfio import abi
-from guestpv.vfio.container import Type1Attachment, Type1Container
+from guestpv.vfio.container import Type1Container
+from guestpv.vfio.context import Attachment
 from guestpv.vfio.dma import LOWEST, MSI_WINDOW, IovaAllocator
 
 from .fake_kernel import FakeKernel, os_error
@@ -31,8 +32,8 @@ def kernel() -> FakeKernel:
     return kernel
 
 
-def attach(kernel: FakeKernel, address: str = NET) -> Type1Attachment:
-    return Type1Attachment(address, 7, system=kernel)
+def attach(kernel: FakeKernel, address: str = NET) -> Attachment:
+    return Attachment(address, 7, Type1Container, system=kernel)
 
 
 def test_map_gives_zeroed_memory_at_an_allowed_address(kernel: FakeKernel) -> None:
@@ -129,7 +130,7 @@ def test_functions_of_one_group_share_the_container(kernel: FakeKernel) -> None:
 
 def test_functions_of_different_groups_do_not(kernel: FakeKernel) -> None:
     kernel.add("0000:00:04.0", 0x1044, group=8, driver="vfio-pci")
-    first, second = attach(kernel), Type1Attachment("0000:00:04.0", 8, system=kernel)
+    first, second = attach(kernel), Attachment("0000:00:04.0", 8, Type1Container, system=kernel)
     assert len(kernel.containers()) == 2
     first.close()
     second.close()
@@ -157,9 +158,9 @@ def test_an_unmap_of_nothing_is_noticed(kernel: FakeKernel) -> None:
     attachment = attach(kernel)
     region = attachment.dma.map(4096)
     kernel.containers()[0].maps.clear()
-    with pytest.raises(GuestpvError, match="UNMAP_DMA took 0 of 4096 bytes"):
+    with pytest.raises(GuestpvError, match="the kernel took 0 of 4096 bytes"):
         attachment.dma.unmap(region)
-    with pytest.raises(GuestpvError, match="UNMAP_DMA took 0 of 4096 bytes"):
+    with pytest.raises(GuestpvError, match="the kernel took 0 of 4096 bytes"):
         attachment.close()
 
 
@@ -183,7 +184,10 @@ def test_memlock_is_explained(kernel: FakeKernel) -> None:
 
 @pytest.mark.parametrize(
     ("number", "message"),
-    [(errno.ENOMEM, "no memory to pin"), (errno.EFAULT, "MAP_DMA of 0.0 MiB failed: .*Bad address")],
+    [
+        (errno.ENOMEM, "no memory to pin"),
+        (errno.EFAULT, "mapping 0.0 MiB for the device failed: .*Bad address"),
+    ],
 )
 def test_other_failures_to_map_are_explained(
     kernel: FakeKernel, monkeypatch: pytest.MonkeyPatch, number: int, message: str

@@ -15,7 +15,7 @@ from guestpv.errors import DeviceGone, GuestpvError, Refused, UsageError
 from guestpv.memory import DmaPool
 from guestpv.pci.function import PciFunction
 from guestpv.vfio import abi
-from guestpv.vfio.container import Type1Attachment
+from guestpv.vfio.context import Attachment
 from guestpv.vfio.function import VfioFunction, open_function
 
 from .fake_kernel import REGION_SHIFT, FakeKernel, Faulty, os_error
@@ -361,5 +361,5 @@ def test_whatever_fails_nothing_is_left(
     assert kernel.leaks() == NOTHING, f"{system.failed} failed"
     assert not kernel.command(NET) & 4
     assert "unmap under live interrupts" not in kernel.log
-    assert all(key[0] is not system for key in Type1Attachment._open)
+    assert all(key[0] is not system for key in Attachment._open)
     VfioFunction(NET, system=kernel).close()

@@ -1,0 +1,321 @@
+"""Every way into VFIO under a real kernel: iommufd and no-IOMMU, which Debian's lack, and other IOMMUs.
+
+One machine for each IOMMU, with VFIO's modules built anew (guestvm.modules).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+from unit import test_abi
+
+from guestvm import LabError, Machine
+from guestvm import kernel as kernels
+from guestvm.progress import Progress
+from worlds import bodies
+from worlds.schemes import DISK, QUEUES, Returner
+
+from .conftest import MODERN
+from .test_vfio import AS_USER, REQUESTED, driver, guest, start
+
+SERIES = "6.12+vfio"
+WAYS = {"intel": ("iommufd",), "virtio": ("type1", "iommufd"), "none": ("noiommu",)}
+CASES = [(iommu, way) for iommu, ways in WAYS.items() for way in ways]
+HUGE_PAGES = 24
+BODIES = """
+import sys
+sys.path.insert(0, "/tmp")
+import bodies, guestpv
+from guestpv.vfio.binding import bind
+address, way, kind, queues = sys.argv[1:]
+bind(address, noiommu=way == "noiommu")
+for body in bodies.BODIES[kind]:
+    body(bodies.Place(lambda: guestpv.open(f"vfio:{address}?backend={way}"), queues=int(queues)))
+    print(body.__name__, flush=True)
+"""
+DRIVING = """
+bind(A, noiommu=WAY == "noiommu")
+t = guestpv.open(f"{A}?backend={WAY}")
+device = Rng(t)
+device.read(16)
+device.queue.add(writable=[device.buffer])
+say('driving', t.function.backend, t.mode)
+time.sleep(600)
+"""
+
+
+@pytest.fixture(scope="module")
+def machine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machine]:
+    """A machine with the IOMMU that the parameter names."""
+    iommu = str(request.param)
+    modern = MODERN if iommu != "none" else "disable-legacy=on"
+    conventional = modern.removesuffix(",ats=on")
+    folder = tmp_path_factory.mktemp(iommu)
+    disk = folder / "disk"
+    disk.write_bytes(bytes(DISK))
+    failed_before = request.session.testsfailed
+    with ExitStack() as undo:
+        cable = Returner(folder)
+        undo.callback(cable.close)
+        # A conventional bridge makes one group of what is behind it.
+        bridged = ["pcie-pci-bridge,id=bridge"]
+        bridged += [f"virtio-rng-pci,id=b{slot},bus=bridge,addr={slot:#x},{conventional}" for slot in (1, 2)]
+        try:
+            vm = Machine(
+                SERIES,
+                devices=[
+                    f"virtio-rng-pci,id=rng0,{modern}",
+                    f"virtio-net-pci,id=net0,netdev=net,{modern}",
+                    f"virtio-blk-pci,id=blk0,drive=disk,num-queues={QUEUES},{modern}",
+                    "virtio-rng-pci,id=both,bus=pcie.0,addr=0x1e",
+                    *bridged,
+                ],
+                netdevs=[cable.netdev],
+                blockdevs=[f"driver=file,filename={disk},node-name=disk"],
+                iommu=iommu,
+                limit=3600,
+            )
+            vm.start()
+        except LabError as error:
+            pytest.fail(str(error), pytrace=False)
+        undo.callback(lambda: vm.stop(failed=request.session.testsfailed > failed_before))
+        vm.write_file("/tmp/bodies.py", Path(bodies.__file__).read_bytes())
+        if iommu == "none":
+            vm.run("modprobe vfio enable_unsafe_noiommu_mode=1").check()
+            vm.run(f"echo 1 > /proc/sys/vm/compact_memory; sysctl -qw vm.nr_hugepages={HUGE_PAGES}").check()
+        yield vm
+
+
+def free_huge_pages(vm: Machine) -> int:
+    found = re.search(r"HugePages_Free: +(\d+)", vm.read_file("/proc/meminfo").decode())
+    assert found
+    return int(found[1])
+
+
+def wait_until_nothing_is_kept(vm: Machine) -> None:
+    """No guardian lives any more, and all huge pages are free again."""
+    loop = (
+        "for i in $(seq 3000); do pgrep -f [v]fio/guardian.py >/dev/null || exit 0; sleep 0.02; done; exit 1"
+    )
+    assert vm.run(loop, timeout=300).status == 0, "a guardian stays"
+    assert free_huge_pages(vm) == int(vm.read_file("/proc/sys/vm/nr_hugepages"))
+
+
+def give_back(vm: Machine, address: str) -> None:
+    done = vm.run(["guestpv", "unbind", "--force", address])
+    assert done.status == 0, done.stderr
+    assert driver(vm, address) == "virtio-pci"
+    wait_until_nothing_is_kept(vm)
+
+
+@pytest.mark.parametrize("kind", ["rng", "net", "blk"])
+@pytest.mark.parametrize(("machine", "way"), CASES, indirect=["machine"])
+def test_what_drivers_do_everywhere_else(machine: Machine, way: str, kind: str) -> None:
+    address = machine.address(f"{kind}0")
+    words = ["python", "-", address, way, kind, str(QUEUES)]
+    done = machine.run(words, stdin=BODIES.encode(), timeout=900)
+    assert done.status == 0, done.stderr
+    assert done.stdout.split() == [body.__name__ for body in bodies.BODIES[kind]]
+    give_back(machine, address)
+
+
+@pytest.mark.parametrize(("machine", "way"), CASES, indirect=["machine"])
+def test_after_kill_9_it_is_driven_again_and_given_back(machine: Machine, way: str) -> None:
+    address = machine.address("rng0")
+    process = start(machine, address, f"WAY = {way!r}\n{DRIVING}")
+    process.wait_for(f"driving {way} msix")
+    if way == "noiommu":
+        assert free_huge_pages(machine) < HUGE_PAGES
+        assert machine.run(f"pgrep -f '[v]fio/guardian.py {address}'").status == 0
+    process.signal(9)
+    assert process.wait().status == -9
+    config = machine.run(f"hexdump -s 4 -n 2 -e '1/2 \"%04x\"' /sys/bus/pci/devices/{address}/config").stdout
+    assert int(config, 16) & 4 == 0, "the kernel took bus master away"
+    wait_until_nothing_is_kept(machine)
+    script = """
+with guestpv.open(f"{A}?backend={WAY}") as t, Rng(t) as device:
+    say(len(device.read(16)))
+"""
+    assert guest(machine, address, f"WAY = {way!r}\n{script}") == ["16"]
+    give_back(machine, address)
+
+
+@pytest.mark.parametrize(("machine", "way"), CASES, indirect=["machine"])
+def test_hot_unplug_asks_the_owner_who_lets_go(machine: Machine, way: str) -> None:
+    modern = MODERN if way != "noiommu" else "disable-legacy=on"
+    address = machine.plug(f"virtio-rng-pci,id=hot0,{modern}")
+    script = REQUESTED.replace("bind(A)", f"bind(A, noiommu={way == 'noiommu'})")
+    process = start(machine, address, script.replace("VfioFunction(A)", f"VfioFunction(A, backend={way!r})"))
+    process.wait_for("ready")
+    machine.unplug("hot0")
+    result = process.wait()
+    assert (result.status, result.stdout.splitlines()) == (0, ["ready", "True"]), result.stderr
+    wait_until_nothing_is_kept(machine)
+
+
+INTEL = pytest.mark.parametrize("machine", ["intel"], indirect=True)
+NONE = pytest.mark.parametrize("machine", ["none"], indirect=True)
+
+
+@INTEL
+@pytest.mark.parametrize("way", ["type1", "iommufd"])
+def test_functions_behind_a_bridge_are_driven_together(machine: Machine, way: str) -> None:
+    listed = json.loads(machine.run(["guestpv", "list", "--json"]).check().stdout)["data"]
+    (first, second) = (
+        one["address"] for one in listed if one["members"] and one["address"] != machine.address("rng0")
+    )
+    script = f"""
+other, way = {second!r}, {way!r}
+bound = bind(A)
+say([member.address for member in bound.blockers])
+refused(VfioFunction, A, backend=way)
+bind(other)
+with guestpv.open(f"{{A}}?backend={{way}}") as t, guestpv.open(f"{{other}}?backend={{way}}") as u:
+    with Rng(t) as one, Rng(u) as two:
+        say(len(one.read(64)), len(two.read(64)), t.function.info.group == u.function.info.group)
+        refused(VfioFunction, A, backend="type1" if way == "iommufd" else "iommufd")
+unbind(A), unbind(other)
+"""
+    blockers, not_viable, rest, twice = guest(machine, first, script)
+    assert blockers == str([second])
+    assert re.match(rf"Refused \| .* not viable: the kernel still drives {second} \(virtio-rng", not_viable)
+    assert rest == "64 64 True"
+    assert "drives this function already" in twice
+
+
+@INTEL
+def test_an_ordinary_user_and_a_second_way_in(machine: Machine) -> None:
+    address = machine.address("rng0")
+    guest(machine, address, "bind(A, user='user')")
+    (refusal,) = guest(machine, address, "refused(VfioFunction, A, backend='iommufd')", AS_USER)
+    assert refusal.startswith("AccessDenied | /dev/iommu | no permission | as root: chmod 666 /dev/iommu")
+    machine.run("chmod 666 /dev/iommu").check()
+    script = """
+with guestpv.open(f"{A}?backend=iommufd") as t, Rng(t) as device:
+    say(os.getuid(), len(device.read(32)), t.function.backend)
+"""
+    assert guest(machine, address, script, AS_USER) == ["1000 32 iommufd"]
+    limit = "import resource; resource.setrlimit(resource.RLIMIT_MEMLOCK, (1 << 20, 1 << 20))\n"
+    script = "function = VfioFunction(A, backend='iommufd'); refused(function.dma.map, 2 << 20)"
+    (refusal,) = guest(machine, address, script, limit + AS_USER)
+    assert "2.0 MiB wanted, 0.0 MiB mapped already, RLIMIT_MEMLOCK is 1.0 MiB" in refusal
+    # Whoever has the group keeps it from the function's own node, and the other way round.
+    script = "function = VfioFunction(A, backend='{}'); say('mine'); time.sleep(600)"
+    for mine, theirs in (("type1", "iommufd"), ("iommufd", "type1")):
+        process = start(machine, address, script.format(mine))
+        process.wait_for("mine")
+        machine.run(f"rm -f /run/guestpv/{address}.lock").check()
+        (refusal,) = guest(machine, address, f"refused(VfioFunction, A, backend='{theirs}')")
+        assert re.search(rf"IOMMU group \d+ is in use by {process.pid} \(python", refusal)
+        process.signal(9)
+        process.wait()
+    give_back(machine, address)
+
+
+@INTEL
+def test_the_commands_with_iommufd(machine: Machine) -> None:
+    net = machine.address("net0")
+    doctor = machine.run(["guestpv", "doctor", net]).stdout
+    up = machine.run(f"guestpv net up {net} --vfio-backend iommufd --no-address --detach")
+    assert up.status == 0, up.stderr
+    status = machine.run("guestpv net status --json").check().stdout
+    assert f'"spec": "{net}?backend=iommufd"' in status
+    machine.run("guestpv net down").check()
+    assert driver(machine, net) == "virtio-pci"
+    assert "iommufd" in doctor, "modules of vfio are loaded by now"
+    wrong = machine.run(f"guestpv net up {net}?backend=type1 --vfio-backend iommufd")
+    assert (wrong.status, "does not go with this device" in wrong.stderr) == (2, True)
+    guest(machine, net, "bind(A)")
+    shown = json.loads(machine.run(f"guestpv info {net}?backend=iommufd --json").check().stdout)["data"]
+    assert shown["vfio_backend"] == "iommufd"
+    refused = machine.run(f"guestpv info {net}?backend=noiommu")
+    assert (refused.status, "behind an IOMMU" in refused.stderr) == (3, True)
+    give_back(machine, net)
+
+
+@NONE
+def test_the_commands_without_an_iommu(machine: Machine) -> None:
+    net = machine.address("net0")
+    plain = machine.run(f"guestpv net up {net} --no-address --detach")
+    assert (plain.status, "no IOMMU group" in plain.stderr) == (3, True)
+    up = machine.run(f"guestpv net up {net} --vfio-backend noiommu --no-address --detach")
+    assert up.status == 0, up.stderr
+    machine.run("guestpv net status").check()
+    log = machine.run("cat /run/guestpv/*.log").stdout
+    assert "WARNING: no-IOMMU mode: nothing stands between the device and memory" in log
+    machine.run("guestpv net down").check()
+    assert driver(machine, net) == "virtio-pci"
+    wait_until_nothing_is_kept(machine)
+    bound = machine.run(f"guestpv bind {net} --vfio-backend noiommu")
+    assert bound.status == 0, bound.stderr
+    assert "warning: no-IOMMU mode" in bound.stderr
+    assert re.search(rf"{net} .* noiommu-\d+ ", machine.run("guestpv list").stdout)
+    doctor = machine.run(f"guestpv doctor {net}?backend=noiommu")
+    assert doctor.status == 0, doctor.stdout
+    assert "no-IOMMU mode" in doctor.stdout
+    give_back(machine, net)
+
+
+@NONE
+def test_a_transitional_function_and_those_behind_a_bridge(machine: Machine) -> None:
+    """The modern part of a transitional function is used; QEMU gives such a one no vIOMMU."""
+    listed = json.loads(machine.run(["guestpv", "list", "--json"]).check().stdout)["data"]
+    rngs = {one["address"]: one["kind"] for one in listed if one["name"] == "rng"}
+    assert sorted(rngs.values()) == ["modern"] * 3 + ["transitional"]
+    script = """
+bind(A, noiommu=True)
+with guestpv.open(f"{A}?backend=noiommu") as t, Rng(t) as device:
+    say(len(device.read(64)), bool(t.features >> 32 & 1))
+unbind(A)
+"""
+    for address in rngs:
+        assert guest(machine, address, script) == ["64 True"]
+    wait_until_nothing_is_kept(machine)
+
+
+@NONE
+def test_what_is_missing_without_an_iommu(machine: Machine) -> None:
+    address = machine.address("rng0")
+    enabled = "/sys/module/vfio/parameters/enable_unsafe_noiommu_mode"
+    machine.run(f"echo 0 > {enabled}").check()
+    (refusal,) = guest(machine, address, "refused(bind, A, noiommu=True)")
+    assert f"VFIO's no-IOMMU mode is not enabled | as root: echo 1 > {enabled}" in refusal
+    machine.run(f"echo 1 > {enabled}").check()
+    script = "function = VfioFunction(A, backend='noiommu'); refused(function.dma.map, 1 << 30)"
+    (refusal,) = guest(machine, address, f"bind(A, noiommu=True)\n{script}")
+    assert "no 1024 MiB of reserved huge pages" in refusal
+    guest(machine, address, "bind(A, noiommu=True, user='user')")
+    (refusal,) = guest(machine, address, "refused(VfioFunction, A, backend='noiommu')", AS_USER)
+    assert refusal.startswith("AccessDenied | /dev/vfio/noiommu-")
+    assert "CAP_SYS_RAWIO" in refusal
+    give_back(machine, address)
+
+
+@NONE
+def test_kernel_lockdown_does_not_stand_in_the_way(machine: Machine) -> None:
+    """The last of this machine: what is locked stays so. New modules are refused from here on."""
+    address = machine.address("rng0")
+    machine.run("mount -t securityfs securityfs /sys/kernel/security").check()
+    script = """
+bind(A, noiommu=True)
+with guestpv.open(f"{A}?backend=noiommu") as t, Rng(t) as device:
+    say(len(device.read(64)), bool(SYSTEM.page_frames(device.buffer.pointer, 1)[0]))
+unbind(A)
+"""
+    for level in ("integrity", "confidentiality"):
+        machine.run(f"echo {level} > /sys/kernel/security/lockdown").check()
+        assert guest(machine, address, script) == ["64 True"]
+        assert f"lockdown={level}" in machine.run(["guestpv", "doctor", address]).stdout
+    assert machine.run("modprobe null_blk").status != 0
+
+
+def test_our_table_of_the_kernels_interface_is_that_of_new_headers(tmp_path: Path) -> None:
+    include = str(kernels.get(SERIES, Progress()).directory / "uapi")
+    test_abi.compare_constants(tmp_path, test_abi.CONSTANTS, test_abi.IOMMUFD, include)
+    for layout in test_abi.STRUCTS:
+        test_abi.compare_layout(tmp_path, layout, test_abi.IOMMUFD, include)
