@@ -30,7 +30,7 @@ def bind(report: Report, address: str, user: str | None, force: bool, vfio_backe
     `guestpv unbind`. The kernel's driver is remembered.
     """
     from ..vfio.binding import bind as take
-    from ..vfio.noiommu import RISK
+    from ..vfio.ways import RISK
 
     noiommu = vfio_backend == NOIOMMU
     bound = take(address.removeprefix("vfio:"), force=force, user=user, noiommu=noiommu)

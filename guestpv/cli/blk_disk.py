@@ -20,7 +20,7 @@ from ..errors import GuestpvError, UsageError
 from ..opener import SCHEMES, Spec
 from ..opener import open as open_transport
 from ..vfio.binding import bind, unbind
-from ..vfio.noiommu import RISK
+from ..vfio.ways import RISK
 from .blk_session import BLK
 from .report import Report
 from .vfio_option import is_noiommu

@@ -16,9 +16,9 @@ from ..opener import DRIVERS, SCHEMES, Spec
 from ..opener import open as open_transport
 from ..spec import features as feat
 from ..system import SYSTEM, System
-from ..vfio.noiommu import ENABLE, HUGE_PAGES_HINT, PARAMETER, RISK, NoIommu
-from ..vfio.noiommu import is_enabled as noiommu_enabled
 from ..vfio.survey import DEVICES, VFIO_DRIVER, Function, look_up, noiommu_group_of, not_viable, survey
+from ..vfio.ways import ENABLE, HUGE_PAGES_HINT, NOIOMMU, PARAMETER, RISK
+from ..vfio.ways import is_noiommu_enabled as noiommu_enabled
 from .checks_migration import UNSEEN, obstacles
 
 Verdict = Literal["ok", "warn", "fail"]
@@ -72,7 +72,7 @@ def examine(spec: str | None, system: System = SYSTEM) -> list[Check]:
     parsed = Spec.parse(spec) if spec is not None else None
     if parsed is not None and parsed.scheme != "vfio":
         return [opens(spec or "")]
-    noiommu = parsed is not None and parsed.params.get("backend") == NoIommu.backend
+    noiommu = parsed is not None and parsed.params.get("backend") == NOIOMMU
     needs = [check for check in MACHINE if not noiommu or check not in (iommu, interrupts, memlock)]
     checks = [check(system) for check in needs] + list(lockdown(system))
     if parsed is not None:

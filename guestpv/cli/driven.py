@@ -25,8 +25,8 @@ from ..system import SYSTEM
 from ..transport.base import FeatureFilter, Transport
 from ..vfio.binding import bind, forget, unbind
 from ..vfio.lock import runtime_directory
-from ..vfio.noiommu import RISK
 from ..vfio.survey import DEVICES, Function, look_up, survey
+from ..vfio.ways import RISK
 from .report import Report
 from .restarts import Restarts
 from .signals import Stop

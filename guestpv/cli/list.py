@@ -36,7 +36,7 @@ def list_functions(report: Report) -> None:
 
 def describe(function: Function) -> dict[str, Any]:
     """A function for JSON."""
-    from ..vfio.backends import usable
+    from ..vfio.ways import usable
 
     return {
         "address": function.address,

@@ -1,47 +1,19 @@
-"""The ways into VFIO by name, and which of them a function is driven through."""
+"""Which way into VFIO a function is driven through."""
 
 from __future__ import annotations
 
 from typing import Final
 
-from ..errors import Refused, UsageError
+from ..errors import Refused
 from ..system import SYSTEM, System
-from .container import CONTAINER_NODE, Type1Container
+from .container import Type1Container
 from .context import Context
-from .iommufd import NODE as IOMMUFD_NODE
 from .iommufd import Iommufd
-from .noiommu import ENABLE, NoIommu
-from .survey import IOMMU_HINT, NO_IOMMU_GROUP_PROBLEM, Function, cdev_of, noiommu_group_of
+from .noiommu import NoIommu
+from .survey import IOMMU_HINT, NO_IOMMU_GROUP_PROBLEM, Function, noiommu_group_of
+from .ways import AUTO, ENABLE, NOIOMMU, TYPE1, check_name, usable
 
 WAYS: Final[dict[str, type[Context]]] = {way.backend: way for way in (Type1Container, Iommufd, NoIommu)}
-NAMES: Final = tuple(WAYS)
-AUTO: Final = "auto"
-
-
-def check_name(name: str, where: str = "") -> str:
-    """A back-end's name, ``auto`` where it is empty.
-
-    Raises:
-        UsageError: there is no such back-end.
-    """
-    if name not in ("", AUTO, *NAMES):
-        raise UsageError(f"there is no VFIO back-end {name}", where=where, hint=" ".join((AUTO, *NAMES)))
-    return name or AUTO
-
-
-def usable(function: Function, system: System = SYSTEM) -> list[str]:
-    """Back-ends whose nodes are there for a function, the one that is taken by itself first.
-
-    No-IOMMU is named where VFIO made a group for it; it is never taken by itself.
-    """
-    if function.group is None:
-        return [NoIommu.backend] if noiommu_group_of(function.address, system) is not None else []
-    ways = []
-    if system.exists(CONTAINER_NODE) and system.exists(f"/dev/vfio/{function.group}"):
-        ways.append(Type1Container.backend)
-    if system.exists(IOMMUFD_NODE) and cdev_of(function.address, system) is not None:
-        ways.append(Iommufd.backend)
-    return ways
 
 
 def choose(function: Function, wanted: str = AUTO, system: System = SYSTEM) -> tuple[type[Context], int]:
@@ -55,7 +27,7 @@ def choose(function: Function, wanted: str = AUTO, system: System = SYSTEM) -> t
         Refused: this one cannot be had for the function.
     """
     check_name(wanted, function.address)
-    if wanted == NoIommu.backend:
+    if wanted == NOIOMMU:
         if function.group is not None:
             raise Refused(
                 "the function is behind an IOMMU, so VFIO has no no-IOMMU mode for it",
@@ -74,5 +46,5 @@ def choose(function: Function, wanted: str = AUTO, system: System = SYSTEM) -> t
         raise Refused(NO_IOMMU_GROUP_PROBLEM, where=function.address, hint=IOMMU_HINT)
     if wanted == AUTO:
         # What is not there is explained best by type1, which every kernel has.
-        wanted = (usable(function, system) or [Type1Container.backend])[0]
+        wanted = (usable(function, system) or [TYPE1])[0]
     return WAYS[wanted], function.group

@@ -13,9 +13,7 @@ from typing import Final
 
 from ..errors import AccessDenied, GuestpvError, Refused, TimeLimit, UsageError
 from ..system import SYSTEM, System
-from .container import CONTAINER_NODE
 from .lock import FunctionLock, holders, runtime_directory
-from .noiommu import ENABLE, is_enabled
 from .survey import (
     DEVICES,
     VFIO_DRIVER,
@@ -27,6 +25,7 @@ from .survey import (
     nodes_of,
     noiommu_group_of,
 )
+from .ways import CONTAINER_NODE, ENABLE, is_noiommu_enabled
 
 LOG: Final = logging.getLogger(__name__)
 DRIVERS: Final = "/sys/bus/pci/drivers"
@@ -99,7 +98,7 @@ def bind(
     with ExitStack() as undo:
         if changed:
             _load_vfio(function.address, noiommu, system)
-            if noiommu and not is_enabled(system):
+            if noiommu and not is_noiommu_enabled(system):
                 raise _not_enabled(function.address, system)
             _take(function, undo, system)
         if noiommu:
@@ -119,7 +118,7 @@ def bind(
 
 
 def _not_enabled(address: str, system: System) -> Refused:
-    if is_enabled(system) is None:
+    if is_noiommu_enabled(system) is None:
         return Refused(
             "this kernel's VFIO has no no-IOMMU mode",
             where=address,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import os
 from contextlib import ExitStack
-from typing import Final
 
 from ..errors import AccessDenied, GuestpvError, Refused
 from ..system import PAGE_SIZE, SYSTEM, System
@@ -13,8 +12,7 @@ from . import abi
 from .context import Translated
 from .lock import holders
 from .survey import members_of, nodes_of
-
-CONTAINER_NODE: Final = "/dev/vfio/vfio"
+from .ways import CONTAINER_NODE, TYPE1
 
 
 def open_container(system: System) -> int:
@@ -89,7 +87,7 @@ class Type1Container(Translated):
         GuestpvError: VFIO is not there, or not of the known version.
     """
 
-    backend = "type1"
+    backend = TYPE1
 
     def __init__(self, number: int, system: System = SYSTEM) -> None:
         super().__init__(number, system)

@@ -18,10 +18,11 @@ from ..errors import DeviceGone, GuestpvError, Refused, UsageError
 from ..spec.pci import COMMAND_BUS_MASTER, COMMAND_INTX_DISABLE, COMMAND_MEMORY, PCI_CONFIG_COMMAND
 from ..system import MAP_FIXED, SYSTEM, System
 from . import abi
-from .backends import AUTO, check_name, choose
+from .backends import choose
 from .context import Attachment
 from .lock import FunctionLock
 from .survey import VFIO_DRIVER, Function, look_up
+from .ways import AUTO, check_name
 
 _READ: Final[dict[int, Any]] = {1: lib.gpv_read8, 2: lib.gpv_read16, 4: lib.gpv_read32}
 _WRITE: Final[dict[int, Any]] = {1: lib.gpv_write8, 2: lib.gpv_write16, 4: lib.gpv_write32}

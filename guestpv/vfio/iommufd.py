@@ -14,8 +14,9 @@ from . import abi
 from .container import in_use
 from .context import Translated
 from .survey import cdev_of
+from .ways import IOMMUFD
+from .ways import IOMMUFD_NODE as NODE
 
-NODE: Final = "/dev/iommu"
 MOST_RANGES: Final = 256
 """How many allowed ranges are asked for; an IOMMU has a handful of holes."""
 
@@ -29,7 +30,7 @@ class Iommufd(Translated):
         GuestpvError: the kernel has no iommufd.
     """
 
-    backend = "iommufd"
+    backend = IOMMUFD
 
     def __init__(self, number: int, system: System = SYSTEM) -> None:
         super().__init__(number, system)

@@ -25,27 +25,9 @@ from .container import device_of_group, in_use, open_container
 from .context import Context
 from .dma import HugeMemory, Memory
 from .survey import members_of
+from .ways import ENABLE, HUGE_PAGES_HINT, NOIOMMU, RISK
 
 LOG: Final = logging.getLogger(__name__)
-PARAMETER: Final = "/sys/module/vfio/parameters/enable_unsafe_noiommu_mode"
-ENABLE: Final = f"echo 1 > {PARAMETER}"
-HUGE_PAGES_HINT: Final = (
-    "as root: sysctl vm.nr_hugepages=32 (of 2 MiB each; early, while memory is in one piece)"
-)
-RISK: Final = (
-    "no-IOMMU mode: nothing stands between the device and memory. It reads and writes physical memory "
-    "wherever a ring tells it to: one wrong address, by a bug or on purpose, overwrites the kernel or any "
-    "process of this machine. The kernel marks itself tainted. Use it only in a guest that you can lose"
-)
-"""What everybody is told who uses it."""
-
-
-def is_enabled(system: System = SYSTEM) -> bool | None:
-    """Whether VFIO makes groups for functions without an IOMMU; None where it cannot, or is not loaded."""
-    try:
-        return system.read_text(PARAMETER) == "Y"
-    except OSError:
-        return None
 
 
 class NoIommu(Context):
@@ -57,7 +39,7 @@ class NoIommu(Context):
         GuestpvError: the kernel has no no-IOMMU mode.
     """
 
-    backend = "noiommu"
+    backend = NOIOMMU
     translated = False
 
     def __init__(self, number: int, system: System = SYSTEM) -> None:

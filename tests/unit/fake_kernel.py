@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from guestpv.system import System
 from guestpv.vfio import abi, guardian
-from guestpv.vfio.noiommu import PARAMETER
+from guestpv.vfio.ways import PARAMETER
 
 BAR_SIZES = {1: 4096, 4: 16384}
 CONFIG_SIZE = 4096

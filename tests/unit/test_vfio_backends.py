@@ -17,12 +17,12 @@ from guestpv.errors import AccessDenied, GuestpvError, Refused, UsageError
 from guestpv.memory import DmaPool
 from guestpv.opener import Spec
 from guestpv.vfio import guardian
-from guestpv.vfio.backends import AUTO, NAMES, usable
 from guestpv.vfio.binding import bind, unbind
 from guestpv.vfio.context import Attachment
 from guestpv.vfio.function import VfioFunction, open_function
-from guestpv.vfio.noiommu import PARAMETER, NoIommu
+from guestpv.vfio.noiommu import NoIommu
 from guestpv.vfio.survey import look_up
+from guestpv.vfio.ways import AUTO, NAMES, PARAMETER, usable
 
 from .fake_kernel import FakeKernel, Faulty, os_error
 
