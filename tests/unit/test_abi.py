@@ -38,7 +38,8 @@ def _compile(folder: Path, body: str, more: str = "", include: str = "/usr/inclu
     """What a C program with these statements prints, or None where it does not compile."""
     source = folder / "abi.c"
     source.write_text(f"{HEADERS}{more}int main(void) {{\n{body}\nreturn 0;\n}}\n")
-    command = ["cc", "-I", include, "-o", folder / "abi", source]
+    # Headers that were not installed still have the kernel's own mark in front of pointers.
+    command = ["cc", "-D__user=", "-I", include, "-o", folder / "abi", source]
     built = subprocess.run(command, capture_output=True, check=False)
     if built.returncode:
         return None
