@@ -26,7 +26,8 @@ IOMMUS = {
         ["-device", "virtio-iommu-pci,bus=pcie.0,addr=0x1"],
         "vfio_iommu_type1.allow_unsafe_interrupts=1 iommufd.allow_unsafe_interrupts=1",
     ),
-    "amd": (["-device", "amd-iommu,intremap=on"], ""),
+    # Without dma-remap, which QEMU has from 10.2 on, devices behind it do not see what Linux maps.
+    "amd": (["-device", "amd-iommu,intremap=on,dma-remap=on"], ""),
     "none": ([], ""),
 }
 ROOT_PORT_SLOTS = range(0x4, 0x1D)
