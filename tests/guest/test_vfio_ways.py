@@ -14,8 +14,7 @@ from pathlib import Path
 import pytest
 from unit import test_abi
 
-import strictguest
-from guestvm import LabError, Machine, line
+from guestvm import LabError, Machine
 from guestvm import kernel as kernels
 from guestvm.progress import Progress
 from worlds import bodies
@@ -86,7 +85,6 @@ def machine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
                 blockdevs=[f"driver=file,filename={disk},node-name=disk"],
                 iommu=iommu,
                 limit=3600,
-                qemu=str(strictguest.newest_qemu(folder)) if iommu == "amd" else line.QEMU,
             )
             vm.start()
         except LabError as error:
@@ -257,100 +255,12 @@ with guestpv.open(f"{A}?backend=iommufd") as t, Rng(t) as device:
         give_back(machine, net)
 
 
-class Translates:
-    """What is tried with an IOMMU that hides behind the same ways as Intel's."""
-
-    iommu: str
-
-    @pytest.mark.parametrize("backend", ["type1", "iommufd"])
-    def test_it_translates(self, machine: Machine, backend: str) -> None:
-        drive(machine, backend, "rng")
-
-
-class TestVirtio(Translates):
-    """It remaps no interrupts; the machine's kernel is told to do without."""
-
-    iommu = "virtio"
-
-
-class TestAmd(Translates):
-    """With a QEMU that translates for devices behind it, 10.2 or newer."""
-
-    iommu = "amd"
-
-
-class TestNone(Ways):
+class TestNone:
     iommu = "none"
-    ways = ("noiommu",)
 
-    def test_the_commands_without_an_iommu(self, machine: Machine) -> None:
-        net = machine.address("net0")
-        plain = machine.run(f"guestpv net up {net} --no-address --detach")
-        assert (plain.status, "no IOMMU group" in plain.stderr) == (3, True)
-        up = machine.run(f"guestpv net up {net} --vfio-backend noiommu --no-address --detach")
-        assert up.status == 0, up.stderr
-        machine.run("guestpv net status").check()
-        log = machine.run("cat /run/guestpv/*.log").stdout
-        assert "WARNING: no-IOMMU mode: nothing stands between the device and memory" in log
-        machine.run("guestpv net down").check()
-        assert driver(machine, net) == "virtio-pci"
-        wait_until_nothing_is_kept(machine)
-        bound = machine.run(f"guestpv bind {net} --vfio-backend noiommu")
-        assert bound.status == 0, bound.stderr
-        assert "warning: no-IOMMU mode" in bound.stderr
-        assert re.search(rf"{net} .* noiommu-\d+ ", machine.run("guestpv list").stdout)
-        doctor = machine.run(f"guestpv doctor {net}?backend=noiommu")
-        assert doctor.status == 0, doctor.stdout
-        assert "no-IOMMU mode" in doctor.stdout
-        give_back(machine, net)
-
-    def test_a_transitional_function_and_those_behind_a_bridge(self, machine: Machine) -> None:
-        """The modern part of a transitional function is used; QEMU gives such a one no vIOMMU."""
-        listed = json.loads(machine.run(["guestpv", "list", "--json"]).check().stdout)["data"]
-        rngs = {one["address"]: one["kind"] for one in listed if one["name"] == "rng"}
-        assert sorted(rngs.values()) == ["modern"] * 3 + ["transitional"]
-        script = """
-bind(A, noiommu=True)
-with guestpv.open(f"{A}?backend=noiommu") as t, Rng(t) as device:
-    say(len(device.read(64)), bool(t.features >> 32 & 1))
-unbind(A)
-"""
-        for address in rngs:
-            assert guest(machine, address, script) == ["64 True"]
-        wait_until_nothing_is_kept(machine)
-
-    def test_what_is_missing_without_an_iommu(self, machine: Machine) -> None:
-        address = machine.address("rng0")
-        enabled = "/sys/module/vfio/parameters/enable_unsafe_noiommu_mode"
-        machine.run(f"echo 0 > {enabled}").check()
-        (refusal,) = guest(machine, address, "refused(bind, A, noiommu=True)")
-        assert f"VFIO's no-IOMMU mode is not enabled | as root: echo 1 > {enabled}" in refusal
-        machine.run(f"echo 1 > {enabled}").check()
-        script = "function = VfioFunction(A, backend='noiommu'); refused(function.dma.map, 1 << 30)"
-        (refusal,) = guest(machine, address, f"bind(A, noiommu=True)\n{script}")
-        assert "no 1024 MiB of reserved huge pages" in refusal
-        guest(machine, address, "bind(A, noiommu=True, user='user')")
-        (refusal,) = guest(machine, address, "refused(VfioFunction, A, backend='noiommu')", AS_USER)
-        assert refusal.startswith("AccessDenied | /dev/vfio/noiommu-")
-        assert "CAP_SYS_RAWIO" in refusal
-        give_back(machine, address)
-
-    def test_kernel_lockdown_does_not_stand_in_the_way(self, machine: Machine) -> None:
-        """The last of this machine: what is locked stays so."""
-        address = machine.address("rng0")
-        machine.run("mount -t securityfs securityfs /sys/kernel/security").check()
-        script = """
-bind(A, noiommu=True)
-with guestpv.open(f"{A}?backend=noiommu") as t, Rng(t) as device:
-    say(len(device.read(64)), bool(SYSTEM.page_frames(device.buffer.pointer, 1)[0]))
-unbind(A)
-"""
-        for level in ("integrity", "confidentiality"):
-            machine.run(f"echo {level} > /sys/kernel/security/lockdown").check()
-            assert guest(machine, address, script) == ["64 True"]
-            assert f"lockdown={level}" in machine.run(["guestpv", "doctor", address]).stdout
-        machine.run("modprobe -r vfio-pci").check()
-        assert machine.run("modprobe vfio-pci").status != 0, "it has no signature"
+    @pytest.mark.parametrize("kind", ["rng", "net", "blk"])
+    def test_what_drivers_do_everywhere_else(self, machine: Machine, kind: str) -> None:
+        drive(machine, "noiommu", kind)
 
 
 def test_our_table_of_the_kernels_interface_is_that_of_new_headers(tmp_path: Path) -> None:
