@@ -167,7 +167,7 @@ def takes_capacity_for_blocks(b: Bench) -> None:
 
 def across(rule: str, offset: int, width: int, also: str, spec: str = DISK) -> None:
     def walk(b: Bench) -> None:
-        b.start()
+        b.start(1 << blk.F_ZONED if spec == ZONED else 0)
         b.driver.read_at(CfgType.DEVICE, offset, width)
 
     walk.__name__ = f"reads_across_{offset}"
@@ -187,7 +187,7 @@ def zone(*breaks: str, name: str, **request: Any) -> None:
 
 zone("31", name="resets_within_a_zone", kind=blk.T_ZONE_RESET, sector=8)
 zone("32", name="resets_all_from_a_sector", kind=blk.T_ZONE_RESET_ALL, sector=128)
-zone("33", "31", name="appends_within_a_zone", kind=blk.T_ZONE_APPEND, sector=8, out=4096, room=8)
+zone("33", name="appends_within_a_zone", kind=blk.T_ZONE_APPEND, sector=8, out=4096, room=8)
 zone("34", "37", name="appends_less_than_a_grain", kind=blk.T_ZONE_APPEND, out=512, room=8)
 zone("35", name="appends_too_much", kind=blk.T_ZONE_APPEND, out=12288, room=8)
 zone("37", name="writes_less_than_a_grain", kind=blk.T_OUT, out=512)
