@@ -28,6 +28,8 @@ BASE_FEATURES = mask(
 )
 """Features that ask nothing of the user: frames are as they are on the wire."""
 
+RECEIVED = 32
+"""Frames that ``receive`` takes from the core at once."""
 FILTERS = mask((spec.F_CTRL_RX, spec.F_CTRL_RX_EXTRA, spec.F_CTRL_MAC_ADDR))
 """Features with which the device keeps frames away that were not asked for."""
 
@@ -105,6 +107,7 @@ class Net:
             self.mac = self.config.mac or self.mac or random_mac()
             self.mtu = self.config.mtu or DEFAULT_MTU
             self.pairs = [NetPort(transport, number, self.mtu) for number in range(queue_pairs)]
+            self._received = self.pairs[0].table(RECEIVED)
             if transport.has(spec.F_RSS):
                 for port in self.pairs:
                     port.remind([other for other in self.pairs if other is not port])
@@ -204,7 +207,7 @@ class Net:
         """
         frames: list[bytes] = []
         port = self.pairs[0]
-        while got := port.receive(port.rx.size):
+        while got := port.receive(out=self._received):
             frames += [got[row] for row in range(len(got))]
         return frames
 

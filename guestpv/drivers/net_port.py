@@ -227,6 +227,14 @@ class NetPort:
         table = self._table(rows, lengths, headers)
         return self.check(self.core_lib.gpv_port_send(self.handle, table, len(lengths)))
 
+    def table(self, rows: int, *, headers: bool = False) -> Frames:
+        """An empty table for so many received frames, to hand to ``receive`` again and again."""
+        return Frames(
+            np.empty((rows, self.stride), np.uint8),
+            np.zeros(rows, np.uint32),
+            np.zeros(rows, self.header) if headers else None,
+        )
+
     def receive(self, most: int = 64, *, headers: bool = False, out: Frames | None = None) -> Frames:
         """What has come in, at most ``most`` frames, oldest first.
 
@@ -239,12 +247,7 @@ class NetPort:
         """
         self._open()
         if out is None:
-            # Rows of 64 KiB cost nothing until they are written to.
-            out = Frames(
-                np.empty((most, self.stride), np.uint8),
-                np.zeros(most, np.uint32),
-                np.zeros(most, self.header) if headers else None,
-            )
+            out = self.table(most, headers=headers)
         got = self.check(
             self.core_lib.gpv_port_receive(self.handle, self._table(out.data, out.lengths, out.headers))
         )
