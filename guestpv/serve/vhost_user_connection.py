@@ -338,7 +338,7 @@ class Connection:
                 if isinstance(self.device.model, Net):
                     # What the control queue's VQ_PAIRS_SET is otherwise.
                     receiving = self.rings[: 2 * self.device.model.pairs : 2]
-                    self.device.model.control.pairs = max(1, sum(each.enabled for each in receiving))
+                    self.device.model.control.use_pairs(max(1, sum(each.enabled for each in receiving)))
             case Request.SET_VRING_KICK, _:
                 self.server.forget_kick(ring)
                 ring.replace("kick", fd)

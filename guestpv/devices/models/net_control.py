@@ -60,6 +60,11 @@ class Control:
         self.steering: Steering | None = None
         self.coalescing: dict[int, tuple[int, int]] = {}
 
+    def use_pairs(self, pairs: int) -> None:
+        """So many queue pairs are in use from now on, by VQ_PAIRS_SET or what stands for it (5.1.9.5.5)."""
+        self.pairs = pairs
+        self.transmits = (pairs, "DRV-NET-104")
+
     def start(self, features: int) -> None:
         """After negotiation every negotiated receive offload is on (5.1.9.5.9.1)."""
         self.offloads = features & sum(1 << bit for bit in RECEIVE_OFFLOADS)
@@ -139,8 +144,7 @@ class Control:
         for index in range(2 * pairs):
             if not self._model.device.queues[index].enabled:
                 return False, "DRV-NET-101", f"{pairs} queue pairs while queue {index} is not enabled"
-        self.pairs = pairs
-        self.transmits = (pairs, "DRV-NET-104")
+        self.use_pairs(pairs)
         if self.steering is not None and self.steering.table:
             self.steering = None
         return OK
