@@ -18,8 +18,11 @@ def test_a_function_of_a_live_guest_is_in_order(vm: Machine) -> None:
         done = vm.run(["guestpv", "conform", "device", address, "--select", select, "--json"], timeout=600)
         assert done.stdout, done.stderr
         data = json.loads(done.stdout)["data"]
-        bad = [(o["check"], o["seen"]) for o in data["outcomes"] if o["verdict"] not in ("PASS", "SKIP")]
+        fine = ("PASS", "SKIP", "NOT_OBSERVABLE")
+        bad = [(o["check"], o["seen"]) for o in data["outcomes"] if o["verdict"] not in fine]
         assert bad == []
+        hidden = {o["seen"] for o in data["outcomes"] if o["verdict"] == "NOT_OBSERVABLE"}
+        assert hidden == {"the kernel keeps the MSI-X table to itself"}
         assert data["counts"]["PASS"] > 40
         assert done.status == 0
     finally:
