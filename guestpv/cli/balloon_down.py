@@ -23,7 +23,6 @@ def down(report: Report, name: str | None, everything: bool) -> None:
     All memory comes back from the host, the device is reset, and the function is given back to the
     kernel's driver if `balloon up` took it from there.
     """
-    from .balloon_session import BALLOON
-    from .driven import end
+    from .kinds import BALLOON, end
 
     end(report, BALLOON, BALLOON.find(name), everything, lambda farewell: "the balloon")

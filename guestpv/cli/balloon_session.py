@@ -10,21 +10,13 @@ from typing import Any, Final
 from ..services.balloon import DEFAULT_RATE, BalloonService, mib
 from ..services.control import ControlServer
 from ..spec import balloon as spec_balloon
-from ..spec import features as feat
 from ..system import SYSTEM
-from .driven import Driven, Kind
+from .driven import Driven
+from .kinds import BALLOON
 from .signals import Stop
 
 FIRST_VICTIM: Final = "1000"
 """Worst ``oom_score_adj``: should all else fail, killing the balloon gives the guest its memory back."""
-
-BALLOON: Final = Kind(
-    feat.BALLOON,
-    "balloon",
-    "memory balloon",
-    "balloon",
-    "-device virtio-balloon-pci,disable-legacy=on,iommu_platform=on,deflate-on-oom=on",
-)
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,7 +24,7 @@ def status(report: Report, name: str | None) -> None:
 
     With --json amounts are in pages of 4096 bytes, unless a name says bytes.
     """
-    from .balloon_session import BALLOON
+    from .kinds import BALLOON
 
     found = [endpoint.status for endpoint in BALLOON.find(name)]
     report.done(found, lambda: show(found, report.verbose))

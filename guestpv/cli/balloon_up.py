@@ -86,8 +86,9 @@ def up(
     Without SPEC it takes the balloon, if there is exactly one that can be driven.
     """
     from ..services.control import detach as run_detached
-    from .balloon_session import BALLOON, BalloonSession, Wishes
+    from .balloon_session import BalloonSession, Wishes
     from .driven import in_background
+    from .kinds import BALLOON
 
     if rate < 4096:
         raise UsageError(f"--rate {rate} is less than a page a second", hint="guestpv balloon up --help")

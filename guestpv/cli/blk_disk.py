@@ -21,7 +21,7 @@ from ..opener import SCHEMES, Spec
 from ..opener import open as open_transport
 from ..vfio.binding import bind, unbind
 from ..vfio.ways import RISK
-from .blk_session import BLK
+from .kinds import BLK
 from .report import Report
 from .vfio_option import is_noiommu
 

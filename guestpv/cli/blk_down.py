@@ -29,8 +29,7 @@ def down(report: Report, name: str | None, everything: bool) -> None:
     the device is reset, its memory unmapped, and the function is given back to the kernel's driver if
     `blk up` took it from there.
     """
-    from .blk_session import BLK
-    from .driven import end
+    from .kinds import BLK, end
 
     found = BLK.find(name and name.removeprefix("/dev/"))
     if everything or len(found) == 1:

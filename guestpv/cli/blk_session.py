@@ -5,24 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any
 
 from ..errors import GuestpvError, Refused
 from ..services.blk import BlkService
 from ..services.control import ControlServer
 from ..services.nbd import clear_stale, remember
-from ..spec import features as feat
 from ..system import SYSTEM
-from .driven import Driven, Kind
+from .driven import Driven
+from .kinds import BLK
 from .signals import Stop
-
-BLK: Final = Kind(
-    feat.BLK,
-    "blk",
-    "block device",
-    "disk",
-    "-device virtio-blk-pci,drive=...,disable-legacy=on,iommu_platform=on",
-)
 
 
 @dataclass(frozen=True, slots=True)

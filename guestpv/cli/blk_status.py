@@ -24,7 +24,7 @@ def status(report: Report, name: str | None) -> None:
 
     Requests are those of the device: a long read or write is several; kicks are doorbells rung.
     """
-    from .blk_session import BLK
+    from .kinds import BLK
 
     found = [endpoint.status for endpoint in BLK.find(name and name.removeprefix("/dev/"))]
     report.done(found, lambda: show(found, report.verbose))

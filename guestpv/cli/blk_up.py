@@ -61,8 +61,9 @@ def up(
     system or a database relies on holds here as it does with the kernel's driver.
     """
     from ..services.control import detach as run_detached
-    from .blk_session import BLK, BlkSession, Wishes
+    from .blk_session import BlkSession, Wishes
     from .driven import in_background
+    from .kinds import BLK
 
     wishes = Wishes(
         spec=spec,

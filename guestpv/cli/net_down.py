@@ -24,7 +24,6 @@ def down(report: Report, name: str | None, everything: bool) -> None:
     The device is reset, its memory unmapped, and the function is given back to the kernel's driver
     if `net up` took it from there.
     """
-    from .driven import end
-    from .session import NET
+    from .kinds import NET, end
 
     end(report, NET, NET.find(name), everything)

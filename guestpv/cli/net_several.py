@@ -13,8 +13,9 @@ from ..services.control import DOWN_TIME_LIMIT, ask
 from ..services.control import detach as run_detached
 from ..system import SYSTEM
 from .driven import in_background
+from .kinds import NET
 from .report import Report
-from .session import NET, Session, Wishes
+from .session import Session, Wishes
 from .signals import Stop
 
 LOOK: Final = 1.0

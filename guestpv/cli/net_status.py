@@ -24,7 +24,7 @@ def status(report: Report, name: str | None) -> None:
 
     rx counts from the device to the link, tx the other way; kicks are doorbells rung.
     """
-    from .session import NET
+    from .kinds import NET
 
     found = [endpoint.status for endpoint in NET.find(name)]
     report.done(found, lambda: show(found, report.verbose))

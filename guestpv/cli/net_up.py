@@ -85,7 +85,8 @@ def up(
     from ..services.addressing import static
     from ..services.control import detach as run_detached
     from .driven import in_background
-    from .session import NET, Session, Wishes
+    from .kinds import NET
+    from .session import Session, Wishes
 
     if no_address and address:
         raise UsageError("--address and --no-address exclude each other", hint="guestpv net up --help")

@@ -15,21 +15,12 @@ from ..services.control import ControlServer
 from ..services.dhcp import Settings
 from ..services.net import NetService
 from ..services.resolver import Resolver
-from ..spec import features as feat
-from .driven import Driven, Kind
+from .driven import Driven
+from .kinds import NET
 from .signals import Stop
 
 SETTLING_TICK: Final = 0.05
 """Seconds between looks at the link while an address is awaited."""
-
-NET: Final = Kind(
-    feat.NET,
-    "net",
-    "network device",
-    "network function",
-    "-device virtio-net-pci,netdev=...,disable-legacy=on,iommu_platform=on",
-    beside=False,
-)
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,8 @@ import pytest
 from click.testing import CliRunner
 
 from guestpv.cli import blk_session
-from guestpv.cli.blk_session import BLK, BlkSession, Wishes
+from guestpv.cli.blk_session import BlkSession, Wishes
+from guestpv.cli.kinds import BLK
 from guestpv.cli.main import main
 from guestpv.errors import DeviceGone, GuestpvError, Refused, UsageError
 from guestpv.services import nbd

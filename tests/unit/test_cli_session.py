@@ -14,9 +14,9 @@ from typing import Any
 
 import pytest
 
-from guestpv.cli import driven
+from guestpv.cli import driven, kinds
 from guestpv.cli import session as module
-from guestpv.cli.session import NET as KIND
+from guestpv.cli.kinds import NET as KIND
 from guestpv.cli.session import Session, Wishes
 from guestpv.cli.signals import Stop, Stopped
 from guestpv.errors import DeviceGone, DeviceViolation, GuestpvError, Refused, TimeLimit, UsageError
@@ -144,7 +144,7 @@ def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
     monkeypatch.setattr(driven, "unbind", world.unbind)
     monkeypatch.setattr(driven, "open_transport", world.open)
     monkeypatch.setattr(driven, "look_up", lambda address: real_look_up(address, world.kernel))
-    monkeypatch.setattr(driven, "survey", lambda: real_survey(world.kernel))
+    monkeypatch.setattr(kinds, "survey", lambda: real_survey(world.kernel))
     monkeypatch.setattr(module, "NetService", FakeService)
     monkeypatch.setattr(module, "Addressing", FakeAddressing)
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
@@ -417,7 +417,7 @@ def test_one_without_an_iommu_is_chosen_only_when_asked_for(world: World) -> Non
 
 
 def test_there_is_no_network_function(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(driven, "survey", list)
+    monkeypatch.setattr(kinds, "survey", list)
     with pytest.raises(Refused, match="no virtio network function") as caught:
         KIND.choose(force=False)
     assert "-device virtio-net-pci" in caught.value.hint

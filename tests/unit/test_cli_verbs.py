@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
-from guestpv.cli import driven
+from guestpv.cli import kinds
 from guestpv.cli.counters import amount, line
 from guestpv.cli.main import main
 from guestpv.errors import GuestpvError, TimeLimit
@@ -329,7 +329,7 @@ def test_nothing_is_up(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_down(monkeypatch: pytest.MonkeyPatch, function: str, driver: str | None, says: str) -> None:
     farewell = {"name": "pv0", "function": function, "driver": driver}
     up(monkeypatch, status())
-    monkeypatch.setattr(driven, "ask", lambda path, command, limit: farewell)
+    monkeypatch.setattr(kinds, "ask", lambda path, command, limit: farewell)
     assert run("net", "down").output == f"{says}\n"
     assert data("net", "down", "pv0") == [farewell]
 
@@ -342,7 +342,7 @@ def test_down_of_several_needs_a_name(monkeypatch: pytest.MonkeyPatch) -> None:
         return {"name": path.stem, "function": NET, "driver": "virtio-pci"}
 
     up(monkeypatch, status(), status(name="pv1", function="f1"))
-    monkeypatch.setattr(driven, "ask", ask)
+    monkeypatch.setattr(kinds, "ask", ask)
     refused = run("net", "down")
     assert refused.exit_code == 2
     assert "pv0 pv1" in refused.stderr
@@ -354,14 +354,14 @@ def test_down_of_several_needs_a_name(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_down_that_goes_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
     up(monkeypatch, status())
-    monkeypatch.setattr(driven, "ask", lambda *_: {"error": "the device hangs"})
+    monkeypatch.setattr(kinds, "ask", lambda *_: {"error": "the device hangs"})
     failed = run("net", "down")
     assert (failed.exit_code, "the device hangs" in failed.stderr) == (1, True)
 
     def late(*_: object) -> None:
         raise TimeLimit("no answer")
 
-    monkeypatch.setattr(driven, "ask", late)
+    monkeypatch.setattr(kinds, "ask", late)
     failed = run("net", "down")
     assert (failed.exit_code, "kill 4711" in failed.stderr) == (6, True)
 
