@@ -286,27 +286,33 @@ def detach(run: Callable[[Callable[[Data], None]], None], up: Callable[[Data], N
     sys.stdout.flush()
     sys.stderr.flush()
     reader, writer = os.pipe()
-    ending = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    # No signal may get lost between the fork and the handlers that forward it.
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, ending)
-    child = os.fork()
-    if child == 0:
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-        os.close(reader)
-        _background(run, writer)
-
     message: Data = {}
+    came: list[int] = []
+    child = 0
 
     def forward(number: int, frame: FrameType | None) -> None:
-        if "ready" in message:
-            return
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(child, signal.SIGTERM)
+        came.append(number)
+        if child and "ready" not in message:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(child, signal.SIGTERM)
 
+    ending = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    # Blocked for the child until it has its own handlers. Another thread of this process takes them all the
+    # same, so the handlers are there before the child is.
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, ending)
     before = {number: signal.signal(number, forward) for number in ending}
-    signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-    os.close(writer)
     try:
+        child = os.fork()
+        if child == 0:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+            os.close(reader)
+            _background(run, writer)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        if came:
+            forward(came[0], None)
+        os.close(writer)
         with os.fdopen(reader, "rb") as stream:
             line = stream.readline()
         message.update(json.loads(line) if line else {})
@@ -321,6 +327,7 @@ def detach(run: Callable[[Callable[[Data], None]], None], up: Callable[[Data], N
             hint="run it without --detach to see why",
         )
     finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         for number, handler in before.items():
             signal.signal(number, handler)
 

@@ -276,6 +276,32 @@ def test_a_signal_while_waiting_ends_the_other_process_first(number: signal.Sign
     assert signal.getsignal(number) == before
 
 
+def test_a_signal_that_another_thread_takes_right_after_the_fork_is_forwarded(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    fork = os.fork
+
+    def fork_and_be_signalled() -> int:
+        child = fork()
+        if child:
+            os.kill(os.getpid(), signal.SIGINT)
+        return child
+
+    def run(ready: Ready) -> None:
+        signal.pause()
+
+    over = threading.Event()
+    other = threading.Thread(target=over.wait)
+    other.start()
+    monkeypatch.setattr(os, "fork", fork_and_be_signalled)
+    try:
+        with pytest.raises(GuestpvError, match="ended before it was up"):
+            detach(run)
+    finally:
+        over.set()
+        other.join()
+
+
 def test_what_goes_wrong_later_is_logged(tmp_path: Path) -> None:
     log = tmp_path / "log"
 
