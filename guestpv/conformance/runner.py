@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Final
@@ -15,6 +15,7 @@ from .verdict import Outcome
 
 CHECKS: Final = Path(__file__).parent / "device"
 """Where the checks of a device are."""
+NO_PLUGINS: Final = "PYTEST_DISABLE_PLUGIN_AUTOLOAD"
 
 
 def run(
@@ -64,17 +65,16 @@ def run(
         f"--shard={shard}",
         f"--wire={wire}",
         *(["--hostile"] if hostile else []),
-        *([f"--numprocesses={jobs}"] if jobs > 1 else []),
+        *(["-p", "xdist.plugin", f"--numprocesses={jobs}"] if jobs > 1 else []),
         f"--config-file={os.devnull}",
         f"--rootdir={CHECKS}",
         "--capture=no",
         "--quiet",
-        *("-p", "no:cacheprovider", "-p", "no:timeout", "-p", "no:guestpv_conformance"),
-        *("-p", "guestpv.conformance.options"),
+        *("-p", "no:cacheprovider", "-p", "guestpv.conformance.options"),
     ]
     collector = _Collector(tell)
     said = io.StringIO()
-    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+    with _no_other_plugins(), contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
         status = pytest.main(arguments, plugins=[collector, *plugins])
     if status == pytest.ExitCode.NO_TESTS_COLLECTED:
         raise UsageError("no check was selected", hint="guestpv conform device SPEC --select DEV-PCI")
@@ -93,6 +93,22 @@ def run(
         last = [line for line in said.getvalue().splitlines() if line.strip()][-20:]
         raise GuestpvError("the checks could not run: " + "\n".join(last))
     return sorted(collector.outcomes, key=lambda outcome: collector.order.get(outcome.check, 0))
+
+
+@contextlib.contextmanager
+def _no_other_plugins() -> Iterator[None]:
+    """Keep out what else is installed: it could change verdicts, and loading it takes longer than the checks.
+
+    The variable holds for the processes of several jobs, too; pytest has an option for it from 8.4 on only.
+    """
+    before = os.environ.get(NO_PLUGINS)
+    os.environ[NO_PLUGINS] = "1"
+    try:
+        yield
+    finally:
+        del os.environ[NO_PLUGINS]
+        if before is not None:
+            os.environ[NO_PLUGINS] = before
 
 
 class _Collector:
