@@ -20,7 +20,10 @@ from guestpv.devices.models.balloon import Balloon as BalloonModel
 from guestpv.devices.models.net import Net as NetModel
 from guestpv.devices.models.packet import Packet
 from guestpv.errors import DeviceGone, DeviceViolation, GuestpvError, Refused
+from guestpv.services import balloon as balloon_module
 from guestpv.services import blk as blk_module
+from guestpv.services import health as health_module
+from guestpv.services import net as net_module
 from guestpv.services.balloon import BalloonService
 from guestpv.services.blk import BlkService
 from guestpv.services.net import NetService
@@ -32,9 +35,18 @@ from .test_balloon_service import Guest
 from .test_blk_nbd import Client
 
 LIMIT = 30.0
+LOOK = 0.01
+"""Seconds between two looks at a device; users have half a second."""
 ETH_P_TEST = 0x88B5
 LOCAL = bytes.fromhex("525400000001")
 OURS = bytes.fromhex("0200000000aa")
+
+
+@pytest.fixture(autouse=True)
+def short_sighted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody waits for the next look."""
+    for module in (balloon_module, blk_module, health_module, net_module):
+        monkeypatch.setattr(module, "LOOK", LOOK)
 
 
 def frame(number: int, to: bytes, size: int = 200) -> bytes:
@@ -46,7 +58,7 @@ def trouble(service: Any) -> GuestpvError:
     deadline = time.monotonic() + LIMIT
     while time.monotonic() < deadline:
         try:
-            service.watch(0.2)
+            service.watch(2 * LOOK)
         except GuestpvError as error:
             return error
     raise AssertionError("nothing was noticed")
