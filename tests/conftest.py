@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+from coverage import Coverage
 from hypothesis import settings
 
 from guestpv.conformance.driver import rulebook  # noqa: F401 - it registers every rule
@@ -23,12 +24,22 @@ settings.load_profile("random" if os.environ.get("GUESTPV_RANDOM") else "fixed")
 
 SHARE_A_MACHINE = {"test_lab.py", "test_net_up.py", "test_vfio.py", "test_worlds.py"}
 """Files of the guest tier whose tests share one virtual machine for each kernel."""
+LARGE = {
+    "tests/loopback/test_conform_device.py",
+    "tests/loopback/test_restart.py",
+    "tests/loopback/test_vhost_user.py",
+    "tests/loopback/test_worlds.py",
+    "tests/qemu/test_worlds.py",
+}
+"""Files so long that their tests are handed out one by one: they share nothing."""
 KERNEL = re.compile(r"\[(?:.*?-)?(6\.\d+)(?:-.*)?\]$")
 
 
 def group(nodeid: str) -> str:
     """What stays together: a file, as its tests share what is dear to set up; for guests, a kernel's part."""
     file = nodeid.split("::")[0]
+    if file in LARGE:
+        return nodeid
     if not file.startswith("tests/guest/"):
         return file
     kernel = KERNEL.search(nodeid)
@@ -61,6 +72,24 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if not item.nodeid.startswith("tests/unit/"):
             item.add_marker(pytest.mark.flaky(reruns=1))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    """Coverage is that of unit and loopback: Python 3.11 takes half as long again to count lines.
+
+    pytest-cov has a mark for this, which stops one of the two countings that a worker of xdist has.
+    """
+    paused: list[Coverage] = []
+    if item.nodeid.startswith(("tests/qemu/", "tests/guest/")):
+        while counting := Coverage.current():
+            counting.stop()
+            paused.append(counting)
+    try:
+        return (yield)
+    finally:
+        for counting in reversed(paused):
+            counting.start()
 
 
 @pytest.fixture
