@@ -240,7 +240,7 @@ class NetPort:
 
         Args:
             headers: hand out the virtio headers, too.
-            out: a table to fill, instead of a new one; the result is a view of it.
+            out: a table to fill, instead of a new one, with headers or without; the result is a view of it.
 
         Raises:
             DeviceViolation: the device broke the queue; frames from before that were given out before.

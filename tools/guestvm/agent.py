@@ -10,6 +10,7 @@ import json
 import os
 import selectors
 import signal
+import socket
 import struct
 import sys
 import termios
@@ -28,6 +29,57 @@ def find_port():
                 if name.read().strip() == PORT_NAME:
                     return f"/dev/{port}"
         time.sleep(0.01)
+
+
+class Warm:
+    """Starts Python programs by way of a process that has loaded guestpv; it is started when first needed."""
+
+    PROGRAM = os.path.join(os.path.dirname(os.path.abspath(__file__)), "warm.py")
+
+    def __init__(self):
+        self.control = None
+
+    def start(self, argv, streams, cwd, env):
+        """The process id of `argv`, our child."""
+        request = json.dumps({"argv": argv, "cwd": cwd, "env": env}).encode()
+        for _ in range(2):
+            if self.control is None:
+                self.control = self.launch()
+            try:
+                socket.send_fds(self.control, [request], streams)
+                if answer := self.control.recv(64):
+                    return int(answer)
+            except OSError:
+                pass
+            # It was ended, for lack of memory or by a test.
+            self.control.close()
+            self.control = None
+        raise ChildProcessError("the process that has guestpv loaded does not live")
+
+    def launch(self):
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        if os.fork() == 0:
+            try:
+                os.setsid()
+                null = os.open("/dev/null", os.O_RDWR)
+                for target, fd in enumerate((null, null, 2, theirs.fileno())):
+                    os.dup2(fd, target)
+                os.set_inheritable(3, True)
+                default_signals()
+                # A thread would not live on in those forked from it.
+                os.environ["OPENBLAS_NUM_THREADS"] = "1"
+                os.execvp("python", ["python", self.PROGRAM])
+            finally:
+                os._exit(127)
+        theirs.close()
+        return ours
+
+
+def default_signals():
+    """What a process that is to run a program must not have from us."""
+    signal.set_wakeup_fd(-1)
+    for number in (signal.SIGPIPE, signal.SIGINT, signal.SIGCHLD):
+        signal.signal(number, signal.SIG_DFL)
 
 
 class Child:
@@ -50,6 +102,7 @@ class Agent:
         self.children = {}
         self.incoming = bytearray()
         self.debug_port = -1
+        self.warm = Warm()
 
     def send(self, head, data=b""):
         encoded = json.dumps(head).encode()
@@ -98,7 +151,6 @@ class Agent:
 
     def do_spawn(self, head, _):
         ident = head["id"]
-        failed_read, failed_write = os.pipe()
         if head.get("pty"):
             control, inner = os.openpty()
             self.resize(control, head["size"])
@@ -110,34 +162,19 @@ class Agent:
             ours, theirs = [in_write, out_read, err_read], [in_read, out_write, err_write]
         for fd in ours:
             os.set_blocking(fd, False)
-        pid = os.fork()
-        if pid == 0:
-            try:
-                os.setsid()
-                for target, fd in enumerate(theirs):
-                    os.dup2(fd, target)
-                if head.get("pty"):
-                    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
-                signal.set_wakeup_fd(-1)
-                for number in (signal.SIGPIPE, signal.SIGINT, signal.SIGCHLD):
-                    signal.signal(number, signal.SIG_DFL)
-                os.chdir(head.get("cwd") or "/root")
-                os.environ.update(head.get("env") or {})
-                os.execvp(head["argv"][0], head["argv"])
-            except BaseException as error:
-                os.write(failed_write, f"{head['argv'][0]}: {error}".encode())
-            finally:
-                os._exit(127)
-        os.close(failed_write)
-        for fd in set(theirs):
-            os.close(fd)
-        failure = os.read(failed_read, 4096)
-        os.close(failed_read)
-        if failure:
-            os.waitpid(pid, 0)
+        try:
+            if head.get("warm"):
+                cwd, env = head.get("cwd") or "/root", os.environ | (head.get("env") or {})
+                pid = self.warm.start(head["argv"], theirs, cwd, env)
+            else:
+                pid = self.execute(head, theirs)
+        except ChildProcessError:
             for fd in ours:
                 os.close(fd)
-            raise ChildProcessError(failure.decode())
+            raise
+        finally:
+            for fd in set(theirs):
+                os.close(fd)
         child = Child(ident, pid, ours[0])
         self.children[pid] = child
         if head.get("pty"):
@@ -150,6 +187,33 @@ class Agent:
                 fd, selectors.EVENT_READ, lambda events, fd=fd: self.on_child(child, fd, events)
             )
         return {"pid": pid}, b""
+
+    def execute(self, head, streams):
+        """The process id of a program, started afresh."""
+        failed_read, failed_write = os.pipe()
+        pid = os.fork()
+        if pid == 0:
+            try:
+                os.setsid()
+                for target, fd in enumerate(streams):
+                    os.dup2(fd, target)
+                if head.get("pty"):
+                    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+                default_signals()
+                os.chdir(head.get("cwd") or "/root")
+                os.environ.update(head.get("env") or {})
+                os.execvp(head["argv"][0], head["argv"])
+            except BaseException as error:
+                os.write(failed_write, f"{head['argv'][0]}: {error}".encode())
+            finally:
+                os._exit(127)
+        os.close(failed_write)
+        failure = os.read(failed_read, 4096)
+        os.close(failed_read)
+        if failure:
+            os.waitpid(pid, 0)
+            raise ChildProcessError(failure.decode())
+        return pid
 
     def on_child(self, child, fd, events):
         if events & selectors.EVENT_READ and fd in child.outputs:

@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 import json
+import re
 import shlex
 import signal as signals
 import socket
@@ -16,6 +17,8 @@ from typing import Any
 from guestvm.errors import GuestDied, GuestTimeout, LabError
 
 CHUNK = 65536
+PLAIN = re.compile(r"guestpv(?: [\w./:=,+@%-]+)+")
+"""What a shell would run as it stands."""
 
 
 @dataclass(frozen=True)
@@ -118,9 +121,13 @@ class Process:
 
 
 class Link:
-    """Requests to the agent and its answers. `kill` ends the virtual machine and says so."""
+    """Requests to the agent and its answers. `kill` ends the virtual machine and says so.
 
-    def __init__(self, sock: socket.socket, kill: Callable[[str], str]) -> None:
+    `warm`: guestpv, and Python with a file, are forked from a process that has loaded what they need.
+    """
+
+    def __init__(self, sock: socket.socket, kill: Callable[[str], str], warm: bool = False) -> None:
+        self._warm = warm
         self._socket = sock
         self._incoming = sock
         self.kill = kill
@@ -148,9 +155,15 @@ class Link:
         **fields: Any,
     ) -> Process:
         """Start a command; a string goes through the guest's shell."""
+        name = command if isinstance(command, str) else shlex.join(command)
+        if self._warm and isinstance(command, str) and PLAIN.fullmatch(command):
+            command = command.split(" ")
         argv = ["/bin/sh", "-c", command] if isinstance(command, str) else list(command)
         ident = next(self._ids)
-        process = Process(self, ident, command if isinstance(command, str) else shlex.join(argv))
+        process = Process(self, ident, name)
+        if self._warm:
+            known = argv[0] == "guestpv" or (argv[0] == "python" and not argv[1].startswith("-c"))
+            fields = fields | {"warm": known}
         process.on_output = on_output
         with self._changed:
             self._processes[ident] = process

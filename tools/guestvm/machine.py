@@ -43,6 +43,7 @@ class Machine:
     qemu: the QEMU program. prefix: a command that QEMU is started through (`ip netns exec NAME`).
     extra: further QEMU arguments. pass_fds: file descriptors that QEMU inherits.
     keep_log: when the serial log is kept and its path printed: failure, always or never.
+    warm: fork guestpv's commands, and Python programs, from a process that has loaded guestpv (guestvm.warm).
     """
 
     def __init__(
@@ -68,6 +69,7 @@ class Machine:
         extra: Sequence[str] = (),
         pass_fds: Sequence[int] = (),
         keep_log: str = "failure",
+        warm: bool = False,
         progress: Progress | None = None,
     ) -> None:
         check_iommu(iommu)
@@ -79,6 +81,7 @@ class Machine:
             qemu, machine, iommu, memory, cpus, append, devices, options, self._spare, trace, extra, prefix
         )
         self._pass_fds, self._boot_limit, self._keep_log = tuple(pass_fds), boot_limit, keep_log
+        self._warm = warm
         self._progress = progress or Progress(quiet=True)
         self._process: subprocess.Popen[bytes] | None = None
         self._link: Link | None = None
@@ -154,7 +157,7 @@ class Machine:
         self.set_limit(self.limit)
         agent = self.connect(self._process, self._home, "agent.sock")
         monitor = self.connect(self._process, self._home, "qmp.sock")
-        self._link = Link(agent, self.kill)
+        self._link = Link(agent, self.kill, self._warm)
         self._watch(self._process)
         try:
             self._monitor = Monitor(monitor)
