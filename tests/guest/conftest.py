@@ -19,6 +19,8 @@ KERNELS = os.environ.get("GUESTPV_KERNELS", "6.1 6.12").split()
 TEST_LIMIT = 1800
 """Seconds for a test with the boots that it needs, on a machine that is slow and busy."""
 MODERN = "disable-legacy=on,iommu_platform=on,ats=on"
+once = pytest.mark.parametrize("kernel", KERNELS[-1:], indirect=True)
+"""For what does not depend on the guest's kernel: the last one is enough."""
 
 _unavailable: dict[str, str] = {}
 
@@ -94,6 +96,7 @@ class Shared:
                 netdevs=[self._files.netdev("n0")],
                 blockdevs=["driver=null-co,node-name=d0,size=67108864,read-zeroes=on"],
                 limit=7200,
+                warm=True,
             )
             fresh.start()
             self._machine = fresh

@@ -20,6 +20,8 @@ from guestvm import Machine
 from guestvm.link import Result
 from peers import tree
 
+from .conftest import once
+
 BALLOON = (
     "virtio-balloon-pci,id=balloon0,disable-legacy=on,iommu_platform=on,ats=on,deflate-on-oom=on,"
     "free-page-reporting=on,free-page-hint=on,iothread=thread"
@@ -35,7 +37,9 @@ pytestmark = pytest.mark.timeout(1200)
 def big(kernel: str, request: pytest.FixtureRequest) -> Iterator[Machine]:
     """A machine with 2 GiB and a balloon."""
     failed_before = request.session.testsfailed
-    machine = Machine(kernel, devices=[BALLOON], objects=["iothread,id=thread"], memory=2048, limit=3600)
+    machine = Machine(
+        kernel, devices=[BALLOON], objects=["iothread,id=thread"], memory=2048, limit=3600, warm=True
+    )
     machine.start()
     yield machine
     machine.stop(failed=request.session.testsfailed > failed_before)
@@ -136,6 +140,7 @@ def test_the_host_gets_a_gigabyte_and_the_guest_gets_it_back(vm: Machine) -> Non
     print(f"resident: {full} -> {small} -> {again} MiB")
 
 
+@once
 def test_statistics_arrive_at_the_host(vm: Machine) -> None:
     place = {"path": "/machine/peripheral/balloon0"}
     gpv(vm, "balloon up --detach").check()
@@ -240,6 +245,7 @@ print(len(poll.poll(0)))
 """
 
 
+@once
 def test_events_of_a_memory_cgroup_are_seen_until_they_are_settled(vm: Machine, cgroup: str) -> None:
     vm.run(f"echo 30M > {cgroup}/hog/memory.high").check()
     enter = f"echo $$ > {cgroup}/balloon/cgroup.procs"
@@ -248,6 +254,7 @@ def test_events_of_a_memory_cgroup_are_seen_until_they_are_settled(vm: Machine, 
     assert seen.split() == ["2", "0", "1", "0"]
 
 
+@once
 def test_a_thousand_random_targets_end_with_every_page_accounted_for(vm: Machine) -> None:
     gpv(vm, "balloon up --detach --rate 1G").check()
     choose = random.Random(7)
@@ -295,6 +302,7 @@ def test_pages_in_the_balloon_read_as_zero_and_no_others(vm: Machine) -> None:
     assert vm.run(["python", "-c", ZEROES, address], timeout=300).check().stdout == "standard zero\n"
 
 
+@once
 def test_single_pages_do_where_there_are_no_huge_ones(vm: Machine) -> None:
     switch = "/sys/kernel/mm/transparent_hugepage/enabled"
     before = vm.run(f"sed 's/.*\\[\\(.*\\)\\].*/\\1/' {switch}").check().stdout.strip()
@@ -327,6 +335,7 @@ def test_kill_9_leaves_the_guest_with_working_memory(vm: Machine) -> None:
     gpv(vm, "balloon down").check()
 
 
+@once
 @pytest.mark.parametrize("number", ["TERM", "INT"])
 def test_a_signal_gives_everything_back(vm: Machine, number: str) -> None:
     process = vm.spawn(["guestpv", "balloon", "up", "--rate", "1G"])
@@ -340,6 +349,7 @@ def test_a_signal_gives_everything_back(vm: Machine, number: str) -> None:
     use_memory(vm, 1500)
 
 
+@once
 def test_a_person_watches(vm: Machine) -> None:
     process = vm.spawn(["guestpv", "balloon", "up", "--rate", "1G"], pty=(24, 110))
     process.wait_for("Ctrl-C takes all memory back")
@@ -349,6 +359,7 @@ def test_a_person_watches(vm: Machine) -> None:
     assert process.wait().status == 0
 
 
+@once
 def test_without_the_privilege_it_is_refused_and_explained(vm: Machine) -> None:
     address = vm.address("balloon0")
     gpv(vm, f"bind {address} --user user").check()
@@ -372,6 +383,7 @@ os.execvp("guestpv", ["guestpv", "balloon", "up", "--detach", "--rate", "1G", "-
 """
 
 
+@once
 def test_the_capabilities_of_the_service_are_enough(vm: Machine) -> None:
     unit = (Path(__file__).parents[2] / "docs" / "systemd" / "guestpv-balloon.service").read_text()
     (capabilities,) = re.findall(r"^CapabilityBoundingSet=(.*)$", unit, re.MULTILINE)
@@ -383,6 +395,7 @@ def test_the_capabilities_of_the_service_are_enough(vm: Machine) -> None:
     gpv(vm, "balloon down").check()
 
 
+@once
 def test_a_second_one_is_refused(vm: Machine) -> None:
     pid = data(gpv(vm, "balloon up --detach --json"))["pid"]
     refused = gpv(vm, f"balloon up {vm.address('balloon0')}")
@@ -394,6 +407,7 @@ def test_a_second_one_is_refused(vm: Machine) -> None:
     assert gpv(vm, "balloon down").status == 2
 
 
+@once
 def test_free_pages_are_hinted_while_the_guest_migrates(vm: Machine) -> None:
     gpv(vm, "balloon up --detach").check()
     ask_for(vm, 2047)
@@ -434,6 +448,7 @@ def newest_qemu(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tree.get("qemu").qemu(tmp_path_factory.mktemp("qemu"))
 
 
+@once
 @pytest.mark.timeout(1800)
 def test_with_msix_on_the_newest_qemu(newest_qemu: Path, boot: Callable[..., Machine]) -> None:
     vm = boot(

@@ -17,6 +17,8 @@ import pytest
 
 from guestvm import GuestDied, Machine
 
+from .conftest import once
+
 MODERN = "disable-legacy=on,iommu_platform=on,ats=on"
 SIZE = 64 << 20
 FILES = 40
@@ -80,6 +82,7 @@ def entries(log: Path) -> Iterator[tuple[int, int, bytes]]:
             position += sector_size + length
 
 
+@once
 def test_every_flush_leaves_a_sound_file_system(boot: Callable[..., Machine], tmp_path: Path) -> None:
     image, log = tmp_path / "disk.img", tmp_path / "log.img"
     for path in (image, log):
@@ -135,6 +138,7 @@ def formatted(image: Path) -> bool:
     return block[56:58] == b"\x53\xef" and bool(struct.unpack_from("<I", block, 0x5C)[0] & 4)
 
 
+@once
 def test_what_was_synchronized_survives_a_killed_qemu(boot: Callable[..., Machine], tmp_path: Path) -> None:
     for attempt in range(KILLS):
         image = tmp_path / f"disk{attempt}.img"

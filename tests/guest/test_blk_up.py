@@ -14,6 +14,8 @@ import pytest
 from guestvm import Machine
 from guestvm.link import Result
 
+from .conftest import once
+
 MODERN = "disable-legacy=on,iommu_platform=on,ats=on"
 FIO_MIB = int(os.environ.get("GUESTPV_FIO_MIB", "128"))
 """What fio reads, writes and verifies: 128 MiB, or 2048 in the long run."""
@@ -55,6 +57,7 @@ def lab(
         ],
         cpus=4,
         limit=3600,
+        warm=True,
     )
     vm.start()
     yield Lab(vm, vm.address("disk0"), image)
@@ -113,6 +116,7 @@ def test_a_file_system_fio_trim_and_growth(lab: Lab) -> None:
     vm.run("cd /mnt && sha256sum -c -s /tmp/sums && cd / && umount /mnt", timeout=600).check()
 
 
+@once
 def test_fio_verifies_what_it_wrote(lab: Lab) -> None:
     vm = lab.vm
     data(gpv(vm, f"blk up {lab.address} --queues 4 --detach --json").check())

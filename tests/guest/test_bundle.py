@@ -11,9 +11,12 @@ from guestvm import kernel as kernels
 from guestvm.progress import Progress
 from guestvm.suite import BEGIN, END
 
+from .conftest import once
+
 MODERN = "virtio-rng-pci,disable-legacy=on"
 
 
+@once
 @pytest.mark.timeout(1500)
 def test_a_bundle_checks_what_the_command_line_names(kernel: str, tmp_path: Path) -> None:
     if kernel != "6.12":

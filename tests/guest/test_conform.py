@@ -8,7 +8,10 @@ import pytest
 
 from guestvm import Machine
 
+from .conftest import once
 
+
+@once
 @pytest.mark.timeout(900)
 def test_a_function_of_a_live_guest_is_in_order(vm: Machine) -> None:
     address = vm.address("rng0")

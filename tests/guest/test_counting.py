@@ -109,6 +109,7 @@ def counted(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], l
                 pass_fds=list(wires.values()),
                 trace=(trace, TRACE_EVENTS),
                 limit=1800,
+                warm=True,
             )
         )
         machine.run("sysctl -w net.ipv6.conf.all.disable_ipv6=1 net.ipv6.conf.default.disable_ipv6=1").check()

@@ -13,11 +13,10 @@ from guestvm import GuestDied, GuestTimeout, HostFiles, LabError, Machine, cache
 from guestvm.accesses import TRACE_EVENTS, phases
 from guestvm.hostfiles import GUEST_URL
 
+from .conftest import once
+
 ROOT = Path(__file__).resolve().parents[2]
 BOOTED_WITHIN = 300
-
-once = pytest.mark.parametrize("kernel", ["6.1"], indirect=True)
-"""For what does not depend on the kernel."""
 
 
 def guest_command(*arguments: str, timeout: float) -> "subprocess.CompletedProcess[str]":

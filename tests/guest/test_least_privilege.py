@@ -11,6 +11,8 @@ import pytest
 from guestvm import Machine
 from guestvm.link import Result
 
+from .conftest import once
+
 GATEWAY = "10.0.2.2"
 AS_USER = """
 import ctypes, os, resource, stat, sys
@@ -57,6 +59,7 @@ def given(vm: Machine) -> Iterator[dict[str, str]]:
         vm.run(f"guestpv unbind --force {address}", timeout=300).check()
 
 
+@once
 def test_a_link_that_root_lent_carries_packets_without_any_capability(
     vm: Machine, given: dict[str, str]
 ) -> None:
@@ -87,6 +90,7 @@ def test_a_link_that_root_lent_carries_packets_without_any_capability(
     vm.run("ip link show pv0").check()
 
 
+@once
 def test_with_net_admin_a_user_makes_the_link(vm: Machine, given: dict[str, str]) -> None:
     up = command(vm, f"net up {given['net0']} --address 10.0.2.15/24 --detach", capabilities="NET_ADMIN")
     up.check()

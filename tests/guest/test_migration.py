@@ -137,6 +137,7 @@ def test_drivers_and_their_users_move_with_the_guest(
         memory=MEMORY,
         prefix=["ip", "netns", "exec", network],
         limit=900,
+        warm=True,
     )
     vm.run(f"guestpv net up {vm.address('net0')} --address {GUEST}/24 --detach", timeout=300).check()
     vm.run(f"guestpv blk up {vm.address('blk0')} --detach", timeout=300).check()

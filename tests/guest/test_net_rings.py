@@ -32,7 +32,11 @@ def machine() -> Iterator[tuple[Machine, HostFiles]]:
             for n, case in enumerate(CASES)
         ]
         booted = Machine(
-            KERNEL, devices=devices, netdevs=[files.netdev(f"n{n}") for n in range(len(CASES))], limit=1800
+            KERNEL,
+            devices=devices,
+            netdevs=[files.netdev(f"n{n}") for n in range(len(CASES))],
+            limit=1800,
+            warm=True,
         )
         yield stack.enter_context(booted), files
 

@@ -121,7 +121,7 @@ def lab() -> Iterator[Lab]:
         iperf = subprocess.Popen(["iperf3", "-s"], stdout=subprocess.DEVNULL)
         stack.callback(iperf.wait)
         stack.callback(iperf.terminate)
-        machine = Machine(KERNEL, devices=devices, netdevs=netdevs, prefix=prefix, limit=1800)
+        machine = Machine(KERNEL, devices=devices, netdevs=netdevs, prefix=prefix, limit=1800, warm=True)
         yield Lab(stack.enter_context(machine), files)
 
 

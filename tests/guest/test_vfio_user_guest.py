@@ -28,8 +28,13 @@ pytestmark = pytest.mark.timeout(1800)
 SLOTS = {"blk": 0x1A, "net": 0x1B, "rng": 0x1C, "balloon": 0x1D}
 DISK_SIZE = 64 << 20
 FILE_SIZE = 24 << 20
-WORLDS = [("none", "off"), ("intel", "on")]
-"""vIOMMU, packed rings."""
+in_each_world = pytest.mark.parametrize(
+    ("kernel", "world"),
+    [("6.1", ("none", "off")), ("6.12", ("intel", "on"))],
+    ids=lambda value: value if isinstance(value, str) else "iommu={}-packed={}".format(*value),
+    indirect=True,
+)
+"""Kernel, vIOMMU, packed rings."""
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +78,7 @@ class World:
         return [str(finding) for finding in self.functions[name].findings]
 
 
-@pytest.fixture(scope="module", params=WORLDS, ids=lambda world: f"iommu={world[0]}-packed={world[1]}")
+@pytest.fixture(scope="module")
 def world(
     request: pytest.FixtureRequest, kernel: str, newest_qemu: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[World]:
@@ -124,6 +129,7 @@ def push_tools(vm: Machine) -> str:
     return "LD_LIBRARY_PATH=/tmp/tools /tmp/tools/"
 
 
+@in_each_world
 def test_a_filesystem_on_our_disk(world: World) -> None:
     tools = push_tools(world.vm)
     world.restart_driver("blk")
@@ -157,6 +163,7 @@ def test_a_filesystem_on_our_disk(world: World) -> None:
     assert world.findings("blk") == []
 
 
+@in_each_world
 def test_ping_over_our_network(world: World) -> None:
     world.restart_driver("net")
     link = world.device("net", "net")
@@ -169,6 +176,7 @@ def test_ping_over_our_network(world: World) -> None:
     assert world.findings("net") == []
 
 
+@in_each_world
 def test_entropy_by_intx(world: World) -> None:
     world.restart_driver("rng")
     data = world.sh("dd if=/dev/hwrng bs=512 count=8 2>/dev/null | hexdump -v -e '1/1 \"%02x\"'")
@@ -183,6 +191,7 @@ EARLY_KICK = "queue 2: DRV-INIT-13: notification before DRIVER_OK"
 """What Linux's balloon driver does with its statistics queue."""
 
 
+@in_each_world
 def test_the_balloon_follows_its_target_or_reaches_nothing(world: World) -> None:
     world.restart_driver("balloon")
     model = world.functions["balloon"].model
@@ -200,6 +209,7 @@ def test_the_balloon_follows_its_target_or_reaches_nothing(world: World) -> None
     assert all(text.endswith(EARLY_KICK) for text in world.findings("balloon"))
 
 
+@in_each_world
 def test_a_function_level_reset_from_the_guest(world: World) -> None:
     address = world.address("rng")
     function = world.functions["rng"]

@@ -85,6 +85,7 @@ def machine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
                 blockdevs=[f"driver=file,filename={disk},node-name=disk"],
                 iommu=iommu,
                 limit=3600,
+                warm=True,
             )
             vm.start()
         except LabError as error:
