@@ -29,17 +29,21 @@ LARGE = {
     "tests/loopback/test_restart.py",
     "tests/loopback/test_vhost_user.py",
     "tests/loopback/test_worlds.py",
-    "tests/qemu/test_worlds.py",
 }
 """Files so long that their tests are handed out one by one: they share nothing."""
 KERNEL = re.compile(r"\[(?:.*?-)?(6\.\d+)(?:-.*)?\]$")
 
 
 def group(nodeid: str) -> str:
-    """What stays together: a file, as its tests share what is dear to set up; for guests, a kernel's part."""
+    """What stays together: a file, as its tests share what is dear to set up; for guests, a kernel's part.
+
+    In ``tests/qemu/test_worlds.py`` it is a world; its name follows that of the body.
+    """
     file = nodeid.split("::")[0]
     if file in LARGE:
         return nodeid
+    if file == "tests/qemu/test_worlds.py":
+        return f"{file} {nodeid.partition('[')[2].partition('-')[2]}"
     if not file.startswith("tests/guest/"):
         return file
     kernel = KERNEL.search(nodeid)

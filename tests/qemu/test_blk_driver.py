@@ -173,7 +173,7 @@ def test_what_was_flushed_survives_a_killed_qemu(
     for _ in range(KILLS):
         transport = device("virtio-blk-pci,num-queues=1", blockdev=node)
         # Nothing says that QEMU is gone to one who only waits for an interrupt.
-        writer = Writer(Blk(transport, timeout=2.0), ledger)
+        writer = Writer(Blk(transport, timeout=0.5), ledger)
         killer = threading.Timer(float(ledger.random.random()) / 5, kill_qemu, [transport])
         killer.start()
         with pytest.raises(GuestpvError):

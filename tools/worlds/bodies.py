@@ -58,7 +58,7 @@ def rng_reads(place: Place) -> None:
     with place.open() as transport, Rng(transport) as rng:
         assert transport.status == LIVE
         place.live(transport)
-        pieces = [rng.read(64) for _ in range(min(5 * rng.queue.size, 1500))]
+        pieces = [rng.read(64) for _ in range(min(3 * rng.queue.size, 1000))]
         assert len(set(pieces)) == len(pieces)
         assert {len(piece) for piece in pieces} == {64}
         assert len(set(rng.read(10_000))) == 256
