@@ -68,8 +68,8 @@ def run(
         *(["-p", "xdist.plugin", f"--numprocesses={jobs}"] if jobs > 1 else []),
         f"--config-file={os.devnull}",
         f"--rootdir={CHECKS}",
-        "--capture=no",
-        "--quiet",
+        *("--capture=no", "--quiet"),
+        "--tb=native",  # An outcome says what was seen; to quote sources takes longer than most checks.
         *("-p", "no:cacheprovider", "-p", "guestpv.conformance.options"),
     ]
     collector = _Collector(tell)
