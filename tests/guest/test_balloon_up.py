@@ -171,6 +171,7 @@ print("fed")
 """
 
 
+@once
 def test_a_memory_hog_makes_the_balloon_shrink_before_anybody_is_killed(vm: Machine) -> None:
     gpv(vm, "balloon up --detach --rate 1G --keep-free 128M").check()
     ask_for(vm, 1024)
@@ -204,6 +205,7 @@ def cgroup(vm: Machine) -> Iterator[str]:
     vm.run(f"for one in {every}; do until rmdir $one; do sleep 0.1; done; done", timeout=300).check()
 
 
+@once
 def test_the_limit_of_a_memory_cgroup_is_met_by_the_balloon_and_not_by_its_neighbours(
     vm: Machine, cgroup: str
 ) -> None:
@@ -296,6 +298,7 @@ print(balloon.numbering, "zero")
 """
 
 
+@once
 def test_pages_in_the_balloon_read_as_zero_and_no_others(vm: Machine) -> None:
     address = vm.address("balloon0")
     gpv(vm, f"bind {address}").check()
