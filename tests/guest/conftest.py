@@ -16,7 +16,7 @@ from guestvm import kernel as kernels
 from guestvm.progress import Progress
 
 KERNELS = os.environ.get("GUESTPV_KERNELS", "6.1 6.12").split()
-TEST_LIMIT = 1800
+TEST_LIMIT = 900
 """Seconds for a test with the boots that it needs, on a machine that is slow and busy."""
 MODERN = "disable-legacy=on,iommu_platform=on,ats=on"
 once = pytest.mark.parametrize("kernel", KERNELS[-1:], indirect=True)
