@@ -22,7 +22,7 @@ settings.register_profile("fixed", derandomize=True)
 settings.register_profile("random")
 settings.load_profile("random" if os.environ.get("GUESTPV_RANDOM") else "fixed")
 
-SHARE_A_MACHINE = {"test_lab.py", "test_net_up.py", "test_vfio.py", "test_worlds.py"}
+SHARE_A_MACHINE = {"test_crash.py", "test_lab.py", "test_net_up.py", "test_vfio.py", "test_worlds.py"}
 """Files of the guest tier whose tests share one virtual machine for each kernel."""
 LARGE = {
     "tests/loopback/test_conform_device.py",

@@ -97,3 +97,56 @@ def test_with_net_admin_a_user_makes_the_link(vm: Machine, given: dict[str, str]
     vm.run(f"ping -c 3 -W 20 {GATEWAY}").check()
     command(vm, "net down").check()
     assert vm.run("ip link show pv0").status != 0
+
+
+BOX = """
+def mount(source, target, kind=None, flags=0):
+    done = LIBC.mount(source.encode(), target.encode(), kind and kind.encode(), ctypes.c_ulong(flags), None)
+    assert done == 0, (target, os.strerror(ctypes.get_errno()))
+
+BIND, RECURSIVE, REMOUNT, READ_ONLY = 0x1000, 0x4000, 0x20, 1
+USER, MOUNT, NETWORK, IPC = 0x10000000, 0x20000, 0x40000000, 0x8000000
+address, *nodes = sys.argv[1:]
+# Who changed its user id does not own its files in /proc otherwise.
+assert LIBC.prctl(4, 1, 0, 0, 0) == 0
+assert LIBC.unshare(USER | MOUNT | NETWORK | IPC) == 0
+for name, text in (("setgroups", "deny"), ("uid_map", "1000 1000 1"), ("gid_map", "1000 1000 1")):
+    with open(f"/proc/self/{name}", "w") as file:
+        file.write(text)
+mount("box", "/mnt", "tmpfs")
+for node in nodes:
+    open("/mnt/" + os.path.basename(node) + "-", "w").close()
+    mount(node, "/mnt/" + os.path.basename(node) + "-", flags=BIND)
+mount("box", "/dev", "tmpfs")
+os.mkdir("/dev/vfio")
+for node in nodes:
+    open(node, "w").close()
+    mount("/mnt/" + os.path.basename(node) + "-", node, flags=BIND)
+mount("/sys", "/sys", flags=BIND | RECURSIVE)
+mount("/sys", "/sys", flags=BIND | REMOUNT | READ_ONLY)
+assert LIBC.capset((c_uint32 * 2)(0x20080522, 0), (c_uint32 * 6)()) == 0
+
+import guestpv
+from guestpv.drivers.rng import Rng
+print(*sorted(os.path.join(top, name) for top, _, names in os.walk("/dev") for name in names))
+with guestpv.open(address) as transport, Rng(transport) as device:
+    print(os.getuid(), len(device.read(64)), transport.mode)
+try:
+    open(f"/sys/bus/pci/devices/{address}/remove", "w")
+except OSError as error:
+    print(type(error).__name__, error.errno)
+"""
+
+
+@once
+def test_in_a_container_with_two_nodes_and_nothing_else(vm: Machine) -> None:
+    address = vm.address("rng0")
+    vm.run(f"guestpv bind {address} --user user", timeout=300).check()
+    try:
+        group = vm.run(f"basename $(readlink /sys/bus/pci/devices/{address}/iommu_group)").stdout.strip()
+        nodes = ["/dev/vfio/vfio", f"/dev/vfio/{group}"]
+        said = as_user(vm, BOX, address, *nodes).check().stdout.splitlines()
+        assert said[0].split() == sorted(nodes)
+        assert said[1:] == ["1000 64 msix", "OSError 30"]
+    finally:
+        vm.run(f"guestpv unbind --force {address}", timeout=300).check()
