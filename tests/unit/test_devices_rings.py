@@ -93,13 +93,13 @@ def test_requests_over_many_wraps(bench: Bench, packed: int, indirect: bool) -> 
 
 @pytest.mark.requirement("DEV-SPLIT-33", "DEV-SPLIT-36")
 def test_split_index_passes_65535(bench: Bench) -> None:
-    queue = bench.start(0, 1)
+    queue = bench.start(0, 256)
     into = queue.buffer(1)
-    for _ in range(65540):
-        queue.add([], [into])
+    for _ in range(257):
+        ids = [queue.add([], [into]) for _ in range(256)]
         queue.kick()
-    assert len(queue.used()) == 4
-    assert int(queue.rings.used["idx"]) == 65540 & 0xFFFF
+        assert [id for id, _ in queue.used()] == ids
+    assert int(queue.rings.used["idx"]) == 257 * 256 & 0xFFFF
     assert bench.rules == []
 
 
