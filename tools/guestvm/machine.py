@@ -146,7 +146,15 @@ class Machine:
             initrd.write_bytes(initramfs.read_bytes() + image.checkout())
             with self._progress.step(f"booting kernel {source.release} with {self.accel}"):
                 self.words = self._line.words(self.accel, source.image, initrd, root, self._home)
-                self._boot()
+                try:
+                    self._boot()
+                except GuestDied:
+                    # Emulated processors now and then meet code half way while the kernel patches itself.
+                    if self.accel != "tcg" or not self._panicked():
+                        raise
+                    if self._monitor is not None:
+                        self._monitor.close()
+                    self._boot()
         except BaseException:
             self.stop(failed=True)
             raise
@@ -170,6 +178,10 @@ class Machine:
         ):
             raise GuestTimeout(self.kill(f"the guest's agent did not answer within {self._boot_limit:g} s"))
         self.boot_seconds = time.monotonic() - started
+
+    def _panicked(self) -> bool:
+        serial = self._home / "serial.log"
+        return serial.exists() and b"Kernel panic" in serial.read_bytes()
 
     def set_limit(self, seconds: float) -> None:
         """Kill the machine when it still lives `seconds` from now, whatever was set before; 0 is never."""
