@@ -14,8 +14,6 @@ import pytest
 from guestvm import Machine
 from guestvm.link import Result
 
-from .conftest import once
-
 GATEWAY = "10.0.2.2"
 NET = "virtio-net-pci,id=net0,netdev=n0,disable-legacy=on,iommu_platform=on,ats=on"
 USER_NET = "user,id=n0,restrict=on"
@@ -208,7 +206,6 @@ addressing.close()
 # Bad input.
 
 
-@once
 @pytest.mark.parametrize(
     ("words", "status", "says"),
     [
@@ -394,7 +391,6 @@ POINTS = {
 }
 
 
-@once
 @pytest.mark.parametrize("detach", ["", " --detach"], ids=["foreground", "detach"])
 @pytest.mark.parametrize(("number", "pause"), [(signal.SIGINT, 0.0), (signal.SIGTERM, 0.15)])
 def test_signals_at_any_point(vm: Machine, net0: str, number: int, pause: float, detach: str) -> None:
