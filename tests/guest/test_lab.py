@@ -53,6 +53,23 @@ def test_a_missing_program_is_an_error(vm: Machine) -> None:
         vm.read_file("/no/such/file")
 
 
+@once
+def test_a_program_forked_from_a_loaded_process_is_a_process_of_its_own(vm: Machine) -> None:
+    script = """
+import os, sys
+print(os.getppid(), os.getsid(0) == os.getpid(), os.getcwd(), os.environ["WORD"], sys.argv, flush=True)
+print("guestpv.opener" in sys.modules, file=sys.stderr)
+sys.exit(sys.stdin.read() or 3)
+"""
+    done = vm.run(["python", "-", "a b"], stdin=script.encode(), env={"WORD": "x"}, cwd="/tmp")
+    assert (done.status, done.stdout, done.stderr) == (3, "1 True /tmp x ['-', 'a b']\n", "True\n")
+    vm.write_file("/tmp/sleep.py", b"import time; print('asleep', flush=True); time.sleep(600)")
+    asleep = vm.spawn(["python", "/tmp/sleep.py"])
+    asleep.wait_for("asleep")
+    asleep.signal(9)
+    assert asleep.wait().status == -9
+
+
 def test_background_processes(vm: Machine) -> None:
     process = vm.spawn("trap 'echo stopped; exit 3' INT; echo started; while :; do sleep 0.05; done")
     process.wait_for("started")

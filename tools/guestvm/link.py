@@ -162,8 +162,8 @@ class Link:
         ident = next(self._ids)
         process = Process(self, ident, name)
         if self._warm:
-            known = argv[0] == "guestpv" or (argv[0] == "python" and not argv[1].startswith("-c"))
-            fields = fields | {"warm": known}
+            known = argv[0] == "guestpv" or re.match(r"python (-|[^-].*)( |$)", " ".join(argv[:2]))
+            fields = fields | {"warm": bool(known)}
         process.on_output = on_output
         with self._changed:
             self._processes[ident] = process
