@@ -36,8 +36,8 @@ static void fill_table(struct gpv_queue *q, uint32_t id, const struct gpv_rows *
 
 /* 2.8.21.1. The head's flags are stored after the rest of its list. The head of the first unpublished buffer gets its flags
  * in gpv_packed_publish only: the device looks at one position (2.8.2), so it sees nothing of the burst before that. */
-GPV_SPECIALIZED int32_t add_rows(struct gpv_queue *q, struct gpv_rows rows, uint32_t count, const uint64_t *cookies,
-                                 uint32_t *ids)
+static int32_t add_rows(struct gpv_queue *q, struct gpv_rows rows, uint32_t count, const uint64_t *cookies,
+                        uint32_t *ids)
 {
     struct gpv_packed_desc *const desc = P(q)->desc;
     struct gpv_slot *const slots = q->slots;
@@ -97,10 +97,52 @@ GPV_SPECIALIZED int32_t add_rows(struct gpv_queue *q, struct gpv_rows rows, uint
     return n ? (int32_t)n : error;
 }
 
+/* The same for what most bursts are, with little enough in hand for a CPU's registers. With IN_ORDER the free list was never
+ * changed, so it is the ring order itself. */
+static int32_t add_plain(struct gpv_queue *q, const uint64_t *addresses, const uint32_t *lengths, uint32_t count,
+                         uint32_t write, uint32_t *ids)
+{
+    struct gpv_slot *const slots = q->slots;
+    const uint16_t *const next = q->next;
+    const uint32_t limit = count < q->free ? count : q->free;
+    struct gpv_place place = P(q)->next_avail;
+    struct gpv_packed_desc *d = &P(q)->desc[place.offset], *const end = &P(q)->desc[q->size];
+    uint32_t id = q->in_order ? place.offset : q->free_head, flags = available(place.wrap) | write, hold = 0, n;
+    uint64_t turn = q->turn_added;
+
+    if (turn == q->turn_published) {
+        P(q)->held_offset = (uint16_t)place.offset;
+        P(q)->held_flags = (uint16_t)flags;
+        hold = USED_AND_AVAIL;
+    }
+    for (n = 0; n < limit && lengths[n]; n++) {
+        struct gpv_slot *slot = &slots[id];
+
+        fill(q, d, addresses[n], lengths[n], id, flags ^ hold);
+        hold = 0;
+        slot->cookie = 0;
+        slot->turn = turn++;
+        slot->use = gpv_word(write ? lengths[n] : 0, 1, id);
+        if (ids)
+            ids[n] = id;
+        id = next[id];
+        if (++d == end) {
+            d = P(q)->desc;
+            flags ^= USED_AND_AVAIL;
+        }
+    }
+    P(q)->added = (uint16_t)(P(q)->added + n);
+    P(q)->next_avail = gpv_place_after(place, n, q->size);
+    q->free -= n;
+    q->free_head = (uint16_t)id;
+    q->turn_added = turn;
+    return n ? (int32_t)n : limit ? GPV_ELENGTH : GPV_EFULL;
+}
+
 int32_t gpv_packed_add(struct gpv_queue *q, struct gpv_rows rows, uint32_t count, const uint64_t *cookies, uint32_t *ids)
 {
-    if (rows.elements == 1) /* known here, so this one is compiled without loops over elements */
-        return add_rows(q, rows, count, cookies, ids);
+    if (gpv_plain_rows(&rows, cookies))
+        return add_plain(q, rows.addresses, rows.lengths, count, rows.writable_from ? 0 : GPV_DESC_F_WRITE, ids);
     return add_rows(q, rows, count, cookies, ids);
 }
 
@@ -172,7 +214,8 @@ void gpv_packed_arm(struct gpv_queue *q)
 }
 
 /* Looks at the descriptor that the device uses next. 1: used, and what it says was checked; 0: not used; or GPV_EBROKEN. */
-static inline int32_t next_entry(struct gpv_queue *q, struct gpv_place place, uint32_t waiting, uint32_t *id, uint32_t *len)
+GPV_SPECIALIZED int32_t next_entry(struct gpv_queue *q, struct gpv_place place, uint32_t waiting, uint32_t *id,
+                                   uint32_t *len)
 {
     struct gpv_packed_desc *d = &P(q)->desc[place.offset];
     /* id and len, and the buffer's data, behind flags. Pairs with the device's release store of them (2.8.22). */
@@ -220,7 +263,9 @@ int32_t gpv_packed_reap(struct gpv_queue *q, uint32_t *ids, uint32_t *lengths, u
             P(q)->next_used = gpv_place_after(P(q)->next_used, q->free - freed, size);
         }
     } else {
-        for (head = q->free_head; n < max && next_entry(q, place, waiting, &id, &len) > 0; n++, waiting--) {
+        const uint32_t limit = max < waiting ? max : waiting;
+
+        for (head = q->free_head; n < limit && next_entry(q, place, 1, &id, &len) > 0; n++) {
             if (ids)
                 ids[n] = id;
             if (lengths)
@@ -235,6 +280,8 @@ int32_t gpv_packed_reap(struct gpv_queue *q, uint32_t *ids, uint32_t *lengths, u
             next[id] = (uint16_t)head;
             head = id;
         }
+        if (n == waiting && n < max)
+            next_entry(q, place, 0, &id, &len); /* whether the device used more than it was given */
         P(q)->next_used = place;
         q->free_head = (uint16_t)head;
         q->free += freed;

@@ -305,10 +305,22 @@ uint32_t gpv_drain(struct gpv_queue *q, uint32_t *ids, uint64_t *cookies)
     return n;
 }
 
-int32_t gpv_burst_submit(struct gpv_burst *b, uint32_t count)
+int64_t gpv_single_add(struct gpv_single *s)
 {
-    int32_t added = gpv_add_burst(b->queue, b->addresses, b->lengths, count < b->capacity ? count : b->capacity,
-                                  b->elements, b->writable_from, NULL, b->ids);
+    const uint64_t cookie = s->serial + 1;
+    uint32_t id;
+    int32_t added = gpv_add_burst(s->queue, s->addresses, s->lengths, 1, s->elements, s->writable_from, &cookie, &id);
+
+    if (added <= 0)
+        return added ? added : GPV_EFULL;
+    s->serial = cookie;
+    return (int64_t)(cookie << 16 | id);
+}
+
+int32_t gpv_burst_submit(struct gpv_burst *b)
+{
+    const uint32_t count = b->count < b->capacity ? b->count : b->capacity;
+    int32_t added = gpv_add_burst(b->queue, b->addresses, b->lengths, count, b->elements, b->writable_from, NULL, b->ids);
 
     if (added < 0)
         return added;

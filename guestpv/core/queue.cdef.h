@@ -120,7 +120,23 @@ void gpv_violation_get(const struct gpv_queue *q, struct gpv_violation *violatio
  * returns how many; the queue starts over from index 0 with zeroed areas. Arrays of queue size; cookies may be NULL. */
 uint32_t gpv_drain(struct gpv_queue *q, uint32_t *ids, uint64_t *cookies);
 
-/* Arrays prepared once for many bursts of buffers of one shape, so that a call from Python passes almost nothing. */
+/* What a call from Python would have to pass lies in structs that are made once and changed rarely: a second argument costs as
+ * much as the call. */
+
+/* Buffers one by one, each with a token that never repeats. */
+struct gpv_single {
+    struct gpv_queue *queue;
+    const uint64_t *addresses; /* queue size */
+    const uint32_t *lengths;   /* queue size */
+    uint32_t elements;
+    uint32_t writable_from;
+    uint64_t serial;           /* how many were added; the last one's cookie */
+};
+/* gpv_add of the first `elements` of the arrays. Returns the token, its slot in bits 0-15 and its cookie above, or a
+ * gpv_error. */
+int64_t gpv_single_add(struct gpv_single *single);
+
+/* Bursts of buffers of one shape. */
 struct gpv_burst {
     struct gpv_queue *queue;
     const uint64_t *addresses; /* capacity x elements */
@@ -131,10 +147,11 @@ struct gpv_burst {
     uint32_t *used_ids;        /* used_max */
     uint32_t *used_lengths;    /* used_max */
     uint32_t capacity;
+    uint32_t count;            /* rows to submit; more than capacity: capacity */
     uint32_t used_max;
     int32_t kicked;            /* what the publish of the last submit returned */
 };
-/* gpv_add_burst of the first `count` rows (at most capacity) and gpv_publish. Returns how many found room, or a gpv_error. */
-int32_t gpv_burst_submit(struct gpv_burst *burst, uint32_t count);
+/* gpv_add_burst of the first `count` rows and gpv_publish. Returns how many found room, or a gpv_error. */
+int32_t gpv_burst_submit(struct gpv_burst *burst);
 /* gpv_reap into used_ids and used_lengths. */
 int32_t gpv_burst_reap(struct gpv_burst *burst);

@@ -155,14 +155,21 @@ static inline uint32_t gpv_waiting(const struct gpv_queue *q)
     return (uint32_t)(q->turn_published - q->turn_reaped);
 }
 
-static inline int32_t gpv_violate(struct gpv_queue *q, int32_t kind, uint32_t position, uint32_t id, uint64_t got,
-                                  uint64_t expected)
+/* Out of the way of the loops that call it. */
+static __attribute__((cold, noinline, unused)) void gpv_note(struct gpv_queue *q, int32_t kind, uint32_t position,
+                                                             uint32_t id, uint64_t got, uint64_t expected)
 {
     q->violation.kind = kind;
     q->violation.position = position;
     q->violation.id = id;
     q->violation.got = got;
     q->violation.expected = expected;
+}
+
+static inline int32_t gpv_violate(struct gpv_queue *q, int32_t kind, uint32_t position, uint32_t id, uint64_t got,
+                                  uint64_t expected)
+{
+    gpv_note(q, kind, position, id, got, expected);
     return GPV_EBROKEN;
 }
 
@@ -183,7 +190,7 @@ static inline int32_t gpv_check_used(struct gpv_queue *q, uint32_t position, uin
     return 0;
 }
 
-/* Inlined twice: single-element buffers get a loop of their own. */
+/* Inlined wherever it is used: each loop is compiled with what is known there. */
 #define GPV_SPECIALIZED static inline __attribute__((always_inline))
 
 /* Buffers to add: rows of elements, wherever their addresses and lengths lie. */
@@ -195,6 +202,12 @@ struct gpv_rows {
     uint32_t elements;
     uint32_t writable_from;
 };
+
+/* Single elements from two arrays, without cookies: what most bursts are. */
+static inline int gpv_plain_rows(const struct gpv_rows *rows, const uint64_t *cookies)
+{
+    return rows->elements == 1 && rows->address_step == 1 && rows->length_step == 1 && !cookies;
+}
 
 static inline uint64_t gpv_address(const struct gpv_rows *rows, uint32_t element)
 {

@@ -39,6 +39,7 @@ class Burst:
 
     __slots__ = (
         "_burst",
+        "_count",
         "_queue",
         "addresses",
         "lengths",
@@ -58,6 +59,7 @@ class Burst:
                 where=queue.name,
             )
         self._queue = queue
+        self._count = 0
         ffi = queue.core_ffi
         self.addresses: NDArray[np.uint64] = np.zeros((capacity, elements), np.uint64)
         self.lengths: NDArray[np.uint32] = np.zeros((capacity, elements), np.uint32)
@@ -86,7 +88,10 @@ class Burst:
         Raises:
             DeviceViolation, UsageError: as ``Virtqueue.add_burst`` and ``publish``.
         """
-        added: int = _submit(self._burst, count)
+        if count != self._count:
+            self._burst.count = count
+            self._count = count
+        added: int = _submit(self._burst)
         if added < 0:
             self._queue._fail(added)
         return added
@@ -109,7 +114,8 @@ class _OtherCore(Burst):
     __slots__ = ()
 
     def submit(self, count: int) -> int:
-        added: int = self._queue.core_lib.gpv_burst_submit(self._burst, count)
+        self._burst.count = count
+        added: int = self._queue.core_lib.gpv_burst_submit(self._burst)
         if added < 0:
             self._queue._fail(added)
         return added

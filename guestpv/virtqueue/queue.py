@@ -102,7 +102,8 @@ class Virtqueue:
         self._kick = kick
         self._indirect_entries = indirect_entries
         self._buffers: list[DmaBuffer] = []
-        self._serial = 0
+        self._single = self.core_ffi.new("struct gpv_single *")
+        self._elements = self._border = 0
         self._cookies: dict[int, object] = {}
         self._bursts: list[Any] = []
         self._build(size)
@@ -140,7 +141,11 @@ class Virtqueue:
         self.handle = self.core_lib.gpv_queue_new(config)
         if self.handle == self.core_ffi.NULL:
             raise MemoryError(f"{self.name}: no memory for the shadow of {size} entries")
-        self._segments = self.core_ffi.new("struct gpv_segment[]", size)
+        addresses, lengths = np.zeros(size, np.uint64), np.zeros(size, np.uint32)
+        self._addresses, self._element_lengths = addresses.data, lengths.data
+        self._single.queue = self.handle
+        self._single.addresses = self.core_ffi.from_buffer("uint64_t *", addresses)
+        self._single.lengths = self.core_ffi.from_buffer("uint32_t *", lengths)
         self._ids: NDArray[np.uint32] = np.zeros(size, np.uint32)
         self._lengths: NDArray[np.uint32] = np.zeros(size, np.uint32)
         self._id_pointer = self.core_ffi.from_buffer("uint32_t *", self._ids)
@@ -247,31 +252,28 @@ class Virtqueue:
             QueueFull: not enough free descriptors.
             UsageError: no element, more elements than the queue size, an empty element.
         """
-        segments = self._segments
-        count = 0
-        border = 0
+        addresses, lengths = self._addresses, self._element_lengths
+        count = border = 0
         try:
             for buffer in readable:
                 for part in buffer.segments:
-                    segment = segments[count]
-                    segment.address = part.address
-                    segment.length = part.length
+                    addresses[count] = part.address
+                    lengths[count] = part.length
                     count += 1
             border = count
             for buffer in writable:
                 for part in buffer.segments:
-                    segment = segments[count]
-                    segment.address = part.address
-                    segment.length = part.length
+                    addresses[count] = part.address
+                    lengths[count] = part.length
                     count += 1
         except IndexError:
             self._fail(lib.GPV_ECHAIN)
-        serial = self._serial + 1
-        slot: int = self.core_lib.gpv_add(self.handle, segments, border, count - border, serial)
-        if slot < 0:
-            self._fail(slot)
-        self._serial = serial
-        token = serial << SLOT_BITS | slot
+        if count != self._elements or border != self._border:
+            self._single.elements, self._single.writable_from = count, border
+            self._elements, self._border = count, border
+        token: int = self.core_lib.gpv_single_add(self._single)
+        if token < 0:
+            self._fail(token)
         if cookie is not None:
             self._cookies[token] = cookie
         return token
@@ -490,6 +492,7 @@ class Virtqueue:
             for burst in self._bursts:
                 burst.queue = self.core_ffi.NULL
             self._bursts.clear()
+            self._single.queue = self.core_ffi.NULL
             self.core_lib.gpv_queue_free(self.handle)
             self.handle = self.core_ffi.NULL
         while self._buffers:

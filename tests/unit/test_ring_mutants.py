@@ -68,7 +68,15 @@ MUTANTS = [
     ),
     ("DRV-PACKED-34", "packed.c", "id = in_order ? place.offset : next[id];", "id = place.offset;"),
     ("DRV-PACKED-35", "packed.c", "gpv_place_after(place, step, size)", "gpv_place_after(place, 1, size)"),
-    ("DRV-PACKED-13", "packed.c", "flags ^= USED_AND_AVAIL;", "flags ^= 0;"),
+    ("DRV-PACKED-13", "packed.c", "flags ^= USED_AND_AVAIL; /* available", "flags ^= 0; /* available"),
+    ("DRV-PACKED-13", "packed.c", "id, flags ^ hold);", "id, flags);"),
+    (
+        "DRV-PACKED-26",
+        "packed.c",
+        "d = P(q)->desc;\n            flags ^= USED_AND_AVAIL;",
+        "d = P(q)->desc;",
+    ),
+    ("DRV-PACKED-12", "packed.c", "count < q->free ? count : q->free;", "count;"),
     ("DRV-PACKED-37", "packed.c", "if (!(flags & GPV_DESC_F_WRITE) &&", "if (0 &&"),
     ("DRV-PACKED-38", "packed.c", "len = rows.elements * 16;", "len = rows.elements;"),
     (

@@ -304,6 +304,32 @@ static int add_one(struct rig *r, struct book *b, uint64_t serial)
     return 1;
 }
 
+/* Adds up to `wanted` buffers of one element in one call. Returns how many found room. */
+static uint32_t add_burst(struct rig *r, struct book *b, uint64_t serial, uint32_t wanted)
+{
+    uint64_t addresses[MAX_SIZE];
+    uint32_t lengths[MAX_SIZE], ids[MAX_SIZE], before = gpv_free_slots(r->q), readable = rnd(2), i;
+    int32_t n;
+
+    wanted = wanted < 256 ? wanted : 256;
+    for (i = 0; i < wanted; i++) {
+        addresses[i] = (serial << 8) + i;
+        lengths[i] = 1 + rnd(100);
+    }
+    n = gpv_add_burst(r->q, addresses, lengths, wanted, 1, readable, NULL, ids);
+    CHECK(n >= 0 && (uint32_t)n == (wanted < before ? wanted : before));
+    for (i = 0; i < (uint32_t)n; i++) {
+        CHECK(ids[i] < r->size && !b->out[ids[i]]);
+        b->out[ids[i]] = 1;
+        b->published[ids[i]] = 0;
+        b->elements[ids[i]] = 1;
+        b->first[ids[i]] = addresses[i];
+        b->cookie[ids[i]] = 0;
+        b->writable[ids[i]] = readable ? 0 : lengths[i];
+    }
+    return (uint32_t)n;
+}
+
 static void check_taken(const struct book *b, const struct chain *c)
 {
     CHECK(c->id < MAX_SIZE && b->out[c->id] && b->published[c->id]);
@@ -352,8 +378,12 @@ static void walk(uint64_t buffers)
         while (back < per_set) {
             uint32_t fresh = 0, n;
 
+            if (rnd(3) == 0)
+                fresh = add_burst(&r, &b, serial++, rnd(size + 2));
             for (n = rnd(size + 2); n > 0 && add_one(&r, &b, serial); n--, serial++)
                 fresh++;
+            if (rnd(3) == 0)
+                fresh += add_burst(&r, &b, serial++, rnd(size + 2));
             while (rnd(2) && take(&r, &held[holding]))
                 check_taken(&b, &held[holding++]);
             kicks = gpv_kicks(r.q);
