@@ -32,7 +32,10 @@ def main() -> int:
         "--against", type=Path, metavar="FILE", help="name what is worse than in this earlier --json"
     )
     parser.add_argument(
-        "--document", type=Path, metavar="FILE", help="put a race's table into this document, at its mark"
+        "--document",
+        type=Path,
+        metavar="FILE",
+        help="put the table of ring, blk or net into this document, at its mark",
     )
     arguments = parser.parse_args()
     versions, rows = importlib.import_module(f"bench_suite.{arguments.name}").run(arguments.quick)

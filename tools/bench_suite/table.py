@@ -1,4 +1,4 @@
-"""The races' tables in a document: between ``<!-- tools/bench NAME -->`` and ``<!-- end -->``."""
+"""The benchmarks' tables in a document: between ``<!-- tools/bench NAME -->`` and ``<!-- end -->``."""
 
 from __future__ import annotations
 
@@ -14,6 +14,10 @@ COLUMNS = {
         ("notifications per read", "libblkio's", "runs, discarded"),
     ),
     "net": (("frames", "guestpv, a second", "DPDK virtio-user", "ratio", "runs, discarded"), ()),
+    "ring": (
+        ("one buffer, or all of the burst of 1", "ns", "over", "ratio", "at most", "runs, discarded"),
+        (),
+    ),
 }
 """Benchmark -> the heads of its columns."""
 
@@ -22,6 +26,20 @@ def rate(value: float) -> str:
     """Operations a second, to three digits."""
     scale, unit = (1e6, "M") if value >= 1e6 else (1e3, "k")
     return f"{value / scale:.3g} {unit}"
+
+
+def cost(row: Row) -> list[str]:
+    """One line of the rings' table."""
+    limit = "" if row.limit is None else f"{row.limit:g}"
+    counts = f"{row.runs}, {row.discarded}"
+    return [
+        row.case,
+        f"{row.value:.3g}" if row.value < 1000 else f"{row.value:.0f}",
+        row.peer or "",
+        f"**{row.ratio:.3g}**",
+        limit,
+        counts,
+    ]
 
 
 def cells(name: str, rows: dict[str, Row]) -> list[str]:
@@ -37,13 +55,14 @@ def cells(name: str, rows: dict[str, Row]) -> list[str]:
 
 
 def table(name: str, rows: Sequence[Row]) -> str:
-    """The rows of a race as a Markdown table."""
+    """The rows that compare, as a Markdown table."""
     heads = [head for part in COLUMNS[name] for head in part]
+    compared = [row for row in rows if row.peer is not None]
     by_case: dict[str, dict[str, Row]] = {}
-    for row in rows:
-        if row.peer is not None:
-            by_case.setdefault(row.case, {})[row.metric] = row
-    lines = [heads, ["---"] * len(heads), *(cells(name, found) for found in by_case.values())]
+    for row in compared:
+        by_case.setdefault(row.case, {})[row.metric] = row
+    body = map(cost, compared) if name == "ring" else (cells(name, found) for found in by_case.values())
+    lines = [heads, ["---"] * len(heads), *body]
     return "\n".join(f"| {' | '.join(line)} |".replace(" --- ", "---") for line in lines)
 
 
