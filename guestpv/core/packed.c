@@ -97,10 +97,10 @@ static int32_t add_rows(struct gpv_queue *q, struct gpv_rows rows, uint32_t coun
     return n ? (int32_t)n : error;
 }
 
-/* The same for what most bursts are, with little enough in hand for a CPU's registers. With IN_ORDER the free list was never
- * changed, so it is the ring order itself. */
+/* The same for what most bursts are, single elements from two arrays, with little enough in hand for a CPU's registers. With
+ * IN_ORDER the free list was never changed, so it is the ring order itself. */
 static int32_t add_plain(struct gpv_queue *q, const uint64_t *addresses, const uint32_t *lengths, uint32_t count,
-                         uint32_t write, uint32_t *ids)
+                         uint32_t write, const uint64_t *cookies, uint32_t *ids)
 {
     struct gpv_slot *const slots = q->slots;
     const uint16_t *const next = q->next;
@@ -120,7 +120,7 @@ static int32_t add_plain(struct gpv_queue *q, const uint64_t *addresses, const u
 
         fill(q, d, addresses[n], lengths[n], id, flags ^ hold);
         hold = 0;
-        slot->cookie = 0;
+        slot->cookie = cookies ? cookies[n] : 0;
         slot->turn = turn++;
         slot->use = gpv_word(write ? lengths[n] : 0, 1, id);
         if (ids)
@@ -141,8 +141,9 @@ static int32_t add_plain(struct gpv_queue *q, const uint64_t *addresses, const u
 
 int32_t gpv_packed_add(struct gpv_queue *q, struct gpv_rows rows, uint32_t count, const uint64_t *cookies, uint32_t *ids)
 {
-    if (gpv_plain_rows(&rows, cookies))
-        return add_plain(q, rows.addresses, rows.lengths, count, rows.writable_from ? 0 : GPV_DESC_F_WRITE, ids);
+    if (rows.elements == 1 && (count == 1 || (rows.address_step == 1 && rows.length_step == 1)))
+        return add_plain(q, rows.addresses, rows.lengths, count, rows.writable_from ? 0 : GPV_DESC_F_WRITE, cookies,
+                         ids);
     return add_rows(q, rows, count, cookies, ids);
 }
 

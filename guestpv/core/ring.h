@@ -203,12 +203,6 @@ struct gpv_rows {
     uint32_t writable_from;
 };
 
-/* Single elements from two arrays, without cookies: what most bursts are. */
-static inline int gpv_plain_rows(const struct gpv_rows *rows, const uint64_t *cookies)
-{
-    return rows->elements == 1 && rows->address_step == 1 && rows->length_step == 1 && !cookies;
-}
-
 static inline uint64_t gpv_address(const struct gpv_rows *rows, uint32_t element)
 {
     return rows->addresses[(size_t)element * rows->address_step];
