@@ -187,7 +187,7 @@ def run(quick: bool) -> tuple[dict[str, str], list[Row]]:
     """Measure; versions and rows for the report."""
     peers = tree.get("peers")
     module, command = loops(), build_peer(peers)
-    rounds, seconds = (1, 1) if quick else (3, 1)
+    rounds, seconds = (1, 1) if quick else (7, 1)
     driver, device = cores()
     with (
         tempfile.TemporaryDirectory() as directory,

@@ -194,7 +194,7 @@ def row(case: str, pairs: Duel, least: float | None = None) -> Row:
 def run(quick: bool) -> tuple[dict[str, str], list[Row]]:
     """Measure; versions and rows for the report."""
     peers, module, cpus = tree.get("peers"), loops(), cores()
-    rounds, seconds = (1, 0.3) if quick else (3, 0.4)
+    rounds, seconds = (1, 0.3) if quick else (7, 0.4)
     with tempfile.TemporaryDirectory() as directory, undisturbed(cpus[0]) as first:
         socket = Path(directory) / "net.sock"
         with Testpmd(peers, f"net_vhost0,iface={socket},queues=1", cpus) as device:
