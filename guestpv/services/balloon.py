@@ -8,7 +8,7 @@ from typing import Any, Final
 
 from ..drivers.balloon import Balloon
 from ..drivers.balloon_pages import HUGE_BYTES
-from ..errors import DeviceViolation, GuestpvError, TimeLimit
+from ..errors import DeviceGone, DeviceViolation, GuestpvError, TimeLimit
 from ..spec import balloon as spec
 from ..system import SYSTEM, System
 from ..transport.base import Transport
@@ -231,7 +231,7 @@ class BalloonService:
         self._credit -= pages
         try:
             self.balloon.inflate(pages)
-        except (DeviceViolation, TimeLimit):
+        except (DeviceGone, DeviceViolation, TimeLimit):
             raise
         except GuestpvError as shortage:
             self._calm_at = now + CALM
