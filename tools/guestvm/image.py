@@ -46,7 +46,7 @@ MODULES = (
         "virtio_gpu",
         "vmw_vsock_virtio_transport",
     ),
-    *("e1000e", "igb", "rng_core", "uio", "uio_pci_generic", "pci_stub", "msr", "cpuid"),
+    *("button", "e1000e", "igb", "rng_core", "uio", "uio_pci_generic", "pci_stub", "msr", "cpuid"),
 )
 """Kernel modules that `modprobe` finds in the guest, with all that they need."""
 
