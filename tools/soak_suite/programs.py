@@ -6,27 +6,57 @@ from typing import Final
 
 BREAKABLE: Final = '''
 """guestpv, whose device is broken by SIGUSR1 (a ring that cannot be) and reset behind its back by SIGUSR2."""
-import gc, signal, struct
+import gc, signal
+from guestpv.cli import restarts
 from guestpv.transport.pci import PciTransport
-from guestpv.virtqueue.layout import SplitRings
 
 def break_it(number, frame):
-    for transport in [one for one in gc.get_objects() if isinstance(one, PciTransport)]:
+    for transport in [one for one in gc.get_objects() if isinstance(one, PciTransport) and one.queues]:
         if number == signal.SIGUSR2:
             transport.common.write("device_status", 0)
             continue
-        for index, queue in transport.queues.items():
-            if isinstance(queue.rings, SplitRings):
-                idx = int(queue.rings.avail["idx"])
-                queue.rings.avail["idx"] = (idx + queue.size + 7) & 0xFFFF
-                transport.common.write("queue_select", index)
-                at = transport.common.read("queue_notify_off") * transport._notify.extra
-                transport.function.bar(transport._notify.bar).write(transport._notify.offset + at, 2, index)
+        # A queue at rest, as nobody but us may write to it meanwhile: the last one of a network device is
+        # its control queue, the disk has no load, and this thread is the one that fills the balloon's.
+        index = max(transport.queues) if transport.device_type == 1 else 0
+        queue = transport.queues[index]
+        idx = int(queue.rings.avail["idx"])
+        queue.rings.avail["ring"][idx % queue.size] = 0xFFFF
+        queue.rings.avail["idx"] = idx + 1 & 0xFFFF
+        transport.common.write("queue_select", index)
+        at = transport.common.read("queue_notify_off") * transport._notify.extra
+        transport.function.bar(transport._notify.bar).write(transport._notify.offset + at, 2, index)
 
+restarts.MOST = 1 << 30
 signal.signal(signal.SIGUSR1, break_it)
 signal.signal(signal.SIGUSR2, break_it)
 from guestpv.cli.main import main
 main()
+'''
+
+BREAK: Final = '''
+"""Break the device of a service, and wait until it was restarted: JSON with what the service said when."""
+import json, os, pathlib, signal, sys, time
+from guestpv.services.control import ask
+service, number = sys.argv[1], getattr(signal, f"SIG{sys.argv[2]}")
+place = pathlib.Path("/run/guestpv", "" if service == "net" else service)
+(path,) = [path for path in place.glob("*.sock") if not path.name.endswith(".capture.sock")]
+log, pid = path.with_suffix(".log"), ask(path, "status", 120)["pid"]
+said = len(log.read_text())
+os.kill(pid, number)
+begun, seen = time.monotonic(), None
+# Those that rest go on while the device is broken.
+pathlib.Path("/tmp/rest").unlink(missing_ok=True)
+while True:
+    now, new = time.monotonic() - begun, log.read_text()[said:]
+    if seen is None and " restart " in new:
+        seen = now
+    if "the device was reset and goes on" in new:
+        break
+    if now > 200:
+        sys.exit(f"{service} was not restarted; it said: {new}")
+    time.sleep(0.02)
+status = ask(path, "status", 120)
+print(json.dumps({"seen": seen, "mended": now, "reason": status["restarts"]["reason"]}))
 '''
 
 ECHO: Final = '''
@@ -91,8 +121,8 @@ while true; do
     while [ -e /tmp/rest ]; do : > /tmp/disk-rests; sleep 0.1; done
     rm -f /tmp/disk-rests
     fio --name=load --filename=/dev/nbd0 --ioengine=libaio --direct=1 --rw=randrw --bsrange=4k-64k \\
-        --iodepth=8 --size=8M --io_size=8M --fsync=32 --verify=crc32c --verify_fatal=1 --randrepeat=0 \\
-        --output-format=json --output=/tmp/fio.json || { echo '{"failed": 1}'; exit 1; }
+        --iodepth=8 --size=%(size)d --io_size=%(size)d --fsync=32 --verify=crc32c --verify_fatal=1 \\
+        --randrepeat=0 --output-format=json --output=/tmp/fio.json || { echo '{"failed": 1}'; exit 1; }
     python3 -c 'import json; j = json.load(open("/tmp/fio.json"))["jobs"][0]
 print(json.dumps({"verified": 1, "ms": j["write"]["clat_ns"]["mean"] / 1e6}))'
 done
@@ -100,8 +130,17 @@ done
 
 PROBE: Final = '''
 """What the services say, and what their processes hold."""
-import json, os, pathlib
+import json, os, pathlib, time
 from guestpv.services.control import ask
+
+def threads(pid):
+    # Whoever asks is answered by a thread, which ends a moment later.
+    counts = []
+    for _ in range(5):
+        time.sleep(0.1)
+        counts.append(len(os.listdir(f"/proc/{pid}/task")))
+    return min(counts)
+
 found = {}
 for name, place in (("net", ""), ("blk", "blk"), ("balloon", "balloon")):
     for path in pathlib.Path("/run/guestpv", place).glob("*.sock"):
@@ -122,7 +161,7 @@ for name, place in (("net", ""), ("blk", "blk"), ("balloon", "balloon")):
             "mappings": len(open(f"/proc/{pid}/maps").readlines()),
             "resident_kib": int(words["VmRSS"].split()[0]),
             "pinned_kib": int(words.get("VmPin", "0").split()[0]) + int(words["VmLck"].split()[0]),
-            "threads": int(words["Threads"]),
+            "threads": threads(pid),
         }
         status.pop("events", None)
         found[name] = status

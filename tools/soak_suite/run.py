@@ -8,7 +8,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,8 +26,12 @@ SERVICES: Final = ("net", "blk", "balloon")
 MODERN: Final = "disable-legacy=on,iommu_platform=on,ats=on"
 ANSWER: Final = 300
 """Seconds for anything on a machine that is slow and busy."""
-BREAK_EVERY: Final = 170.0
-"""Seconds between breaks of one device: no more than its restarts are allowed to be."""
+AUDIT_EVERY: Final = 300.0
+"""Seconds between audits: they are quiet times, and there is to be little quiet."""
+SETTLED: Final = 0.4
+"""The part of a soak after which services stay up: a process has to last if it is to be seen to grow."""
+EVENTS: Final = {"flap": 4, "resize": 3, "target": 3, "break": 3, "start over": 1}
+"""How often one happens in comparison with others."""
 GROWTH: Final = {"descriptors": 0, "threads": 0, "mappings": 16, "resident_kib": 6144, "pinned_kib": 0}
 """How much more than after warming up a process may hold at the end."""
 SLOWER: Final = 3.0
@@ -43,14 +47,20 @@ class Outcome:
         problems: what must not be; empty when all is well.
         latencies: medians in ms by kind and quarter.
         processes: what each service's process held after warming up and at the end.
+        restarted: seconds from a break until it was seen, and until the device went on: median and longest.
+        reasons: what the services gave as reasons for their restarts, and how often.
         seconds: how long it took.
+        seed: where the random choices came from.
     """
 
     events: dict[str, int] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
     latencies: dict[str, list[float]] = field(default_factory=dict)
     processes: dict[str, dict[str, Any]] = field(default_factory=dict)
+    restarted: dict[str, list[float]] = field(default_factory=dict)
+    reasons: dict[str, int] = field(default_factory=dict)
     seconds: float = 0.0
+    seed: int = 0
 
     def count(self, name: str, by: int = 1) -> None:
         """Something was done, or happened."""
@@ -65,14 +75,25 @@ class Soak:
         kernel: series.
         packed: ring format of the devices.
         directory: for the disk.
+        seed: of all random choices.
+        verified: bytes that a verified run of the disk's load writes and reads.
     """
 
     def __init__(
-        self, stack: ExitStack, kernel: str, packed: bool, directory: Path, say: Callable[[str], None]
+        self,
+        stack: ExitStack,
+        kernel: str,
+        packed: bool,
+        directory: Path,
+        say: Callable[[str], None],
+        seed: int,
+        verified: int,
     ):
-        self.outcome, self._say = Outcome(), say
-        self._choose = random.Random(1)
+        self.outcome, self._say = Outcome(seed=seed), say
+        self.choose = random.Random(seed)
         self._packed = packed
+        self._took: dict[str, list[float]] = {}
+        self._dealt: dict[tuple[Any, ...], list[Any]] = {}
         prefix = stack.enter_context(network.own_network())
         tap = network.add_tap("tap0", 0)
         subprocess.run(["sysctl", "-qw", "net.ipv6.conf.tap0.disable_ipv6=1"], check=True)
@@ -99,6 +120,7 @@ class Soak:
             memory=MEMORY,
             prefix=prefix,
             limit=0,
+            warm=True,
         )
         stack.enter_context(self.vm)
         say(f"booted in {self.vm.boot_seconds:.0f} s")
@@ -106,20 +128,21 @@ class Soak:
             "sysctl -qw net.ipv6.conf.all.disable_ipv6=1 net.ipv6.conf.default.disable_ipv6=1"
         ).check()
         self.vm.write_file("/tmp/breakable.py", programs.BREAKABLE.encode())
+        self.pinned_before = self.pinned()
         for service in SERVICES:
             self.up(service)
         self.lines: dict[str, list[dict[str, Any]]] = {"talk": [], "disk": []}
         self.loads: dict[str, Process] = {
             "talk": self._load("talk", ["python", "-c", programs.TALK, HOST, str(PORT)]),
-            "disk": self._load("disk", programs.DISK),
+            "disk": self._load("disk", programs.DISK % {"size": verified}),
         }
         self._size = DISK
 
     def up(self, service: str) -> None:
         """Bring a device up in the background."""
-        more = f"--address {GUEST}/24" if service == "net" else ""
-        words = f"{service} up {self.vm.address(f'{service}0')} {more} --restart --detach"
-        self.vm.run(f"python /tmp/breakable.py {words}", timeout=ANSWER).check()
+        more = f" --address {GUEST}/24" if service == "net" else ""
+        words = f"{service} up {self.vm.address(f'{service}0')}{more} --restart --detach"
+        self.vm.run(["python", "/tmp/breakable.py", *words.split()], timeout=ANSWER).check()
         self._say(f"{service} is up")
 
     def _load(self, name: str, command: Any) -> Process:
@@ -136,38 +159,56 @@ class Soak:
 
         return self.vm.spawn(command, on_output=take)
 
+    def deal(self, *cards: Any) -> Any:
+        """The next of these in a random order, as a dealer would: each comes once before one comes again."""
+        left = self._dealt.setdefault(cards, [])
+        if not left:
+            left += self.choose.sample(cards, len(cards))
+        return left.pop()
+
     # What is done to it.
 
     def flap(self) -> None:
         """The link goes away for a moment."""
         self.vm.qmp("set_link", name="net0", up=False)
-        time.sleep(self._choose.uniform(0.1, 1.5))
+        time.sleep(self.choose.uniform(0.1, 1.5))
         self.vm.qmp("set_link", name="net0", up=True)
         self.outcome.count("link flaps")
 
     def resize(self) -> None:
         """The disk gets another size, never less than what the load uses."""
-        self._size = self._choose.randrange(DISK, 2 * DISK, MIB)
+        self._size = self.choose.randrange(DISK, 2 * DISK, MIB)
         self.vm.qmp("block_resize", node_name="d0", size=self._size)
         self.outcome.count("resizes")
 
     def target(self) -> None:
         """The host wants another balloon."""
-        self.vm.qmp("balloon", value=self._choose.randrange(MEMORY - 384, MEMORY + 1) * MIB)
+        self.vm.qmp("balloon", value=self.choose.randrange(MEMORY - 384, MEMORY + 1) * MIB)
         self.outcome.count("balloon targets")
 
-    def break_device(self, service: str) -> None:
+    def break_device(self) -> None:
         """A ring that cannot be, after which QEMU wants a reset; or a reset behind the driver's back."""
-        number = "USR2" if self._packed or self._choose.random() < 0.5 else "USR1"
-        pid = self.probe()[service].get("pid")
-        if pid is None:
-            self.outcome.problems.append(f"{service} is not up")
+        service = self.deal(*SERVICES)
+        malformed = not self._packed and self.deal(True, False)
+        if malformed and service == "blk":
+            self.rest()
+        words = [service, "USR1" if malformed else "USR2"]
+        done = self.vm.run(["python", "-", *words], stdin=programs.BREAK.encode(), timeout=2 * ANSWER)
+        if done.status:
+            self.outcome.problems.append(f"{' '.join(words)}: {done.stderr[-2000:]}")
             return
-        self.vm.run(f"kill -{number} {pid}").check()
-        self.outcome.count(f"{service}: {'malformed rings' if number == 'USR1' else 'resets from outside'}")
+        mended = json.loads(done.stdout)
+        for what in ("seen", "mended"):
+            self._took.setdefault(what, []).append(mended[what])
+            took = self._took[what]
+            self.outcome.restarted[what] = [round(statistics.median(took), 3), round(max(took), 3)]
+        self.outcome.count(f"{service}: {'malformed rings' if malformed else 'resets from outside'}")
+        reason = mended["reason"]
+        self.outcome.reasons[reason] = self.outcome.reasons.get(reason, 0) + 1
 
-    def start_over(self, service: str) -> None:
+    def start_over(self) -> None:
         """Down, and up again in a new process; the disk's load rests meanwhile."""
+        service = self.choose.choice(SERVICES)
         if service == "blk":
             self.rest()
         self.vm.run(f"guestpv {service} down", timeout=ANSWER).check()
@@ -180,9 +221,15 @@ class Soak:
 
     def probe(self) -> dict[str, Any]:
         """Status and holdings of each service."""
-        result = self.vm.run(["python", "-c", programs.PROBE], timeout=ANSWER).check()
+        result = self.vm.run(["python", "-"], stdin=programs.PROBE.encode(), timeout=ANSWER).check()
         found: dict[str, Any] = json.loads(result.stdout)
         return found
+
+    def pinned(self) -> int:
+        """Pages of the guest that are pinned for DMA, by whomever."""
+        words = self.vm.run("cat /proc/sys/vm/stat_refresh; grep nr_foll_pin /proc/vmstat").check()
+        counts = dict(line.split() for line in words.stdout.splitlines())
+        return int(counts["nr_foll_pin_acquired"]) - int(counts["nr_foll_pin_released"])
 
     def rest(self) -> None:
         """The loads pause, with nothing in flight."""
@@ -222,15 +269,18 @@ class Soak:
                 return now
             before = now
 
-    def audit(self) -> None:
+    def audit(self, seconds: float) -> None:
         """A while without bad luck: what both sides counted has to be the same."""
         self.rest()
         first = self.book()
         self.go_on()
-        time.sleep(8)
+        time.sleep(seconds)
         self.rest()
         last = self.book()
+        flying = self.vm.run("cat /sys/block/nbd0/inflight").check().stdout.split()
         self.go_on()
+        if flying != ["0", "0"]:
+            self.outcome.problems.append(f"requests of the disk in flight at rest: {' '.join(flying)}")
         for name, (ours, theirs) in last.items():
             ours, theirs = ours - first[name][0], theirs - first[name][1]
             if ours != theirs:
@@ -244,6 +294,14 @@ class Soak:
         self.outcome.count("audits")
         self._say(f"audited: {last}")
 
+    def loads_live(self) -> None:
+        """A load ends only when something is wrong."""
+        for name, load in self.loads.items():
+            if load.status is not None:
+                self.outcome.problems.append(
+                    f"the load {name!r} ended with {load.status}: {load.stderr[-2000:]}"
+                )
+
     def balloon_agrees(self) -> None:
         """The host sees what is in the balloon."""
         deadline = time.monotonic() + ANSWER
@@ -256,45 +314,69 @@ class Soak:
 
 
 def soak(
-    minutes: float, kernel: str, packed: bool, directory: Path, say: Callable[[str], None] = print
+    minutes: float,
+    kernel: str,
+    packed: bool,
+    directory: Path,
+    say: Callable[[str], None] = print,
+    seed: int = 1,
+    verified: int = 8 * MIB,
 ) -> Outcome:
     """Run one.
 
     Args:
-        minutes: how long, after booting.
+        minutes: how long, after booting; at least until all kinds of events had their turns.
         kernel: series of the guest's kernel.
         packed: ring format of the devices; malformed rings are for split ones only.
         directory: for the disk's image.
         say: called with progress, in words.
+        seed: of all random choices: what happens, when, and how much of it.
+        verified: bytes that a verified run of the disk's load writes and reads.
     """
     with ExitStack() as stack:
-        one = Soak(stack, kernel, packed, directory, say)
-        outcome, choose = one.outcome, random.Random(2)
+        one = Soak(stack, kernel, packed, directory, say, seed, verified)
+        outcome, choose = one.outcome, one.choose
+        doings: dict[str, Callable[[], None]] = {
+            "flap": one.flap,
+            "resize": one.resize,
+            "target": one.target,
+            "break": one.break_device,
+            "start over": one.start_over,
+        }
+        quiet = 8.0 if minutes > 1 else 3.0
         started = time.monotonic()
-        end, warm = started + 60 * minutes, started + 15 * minutes
-        for service in SERVICES:
-            one.start_over(service)
-        one.audit()
+        end, settled = started + 60 * minutes, started + 60 * minutes * SETTLED
+        one.start_over()
+        one.audit(quiet)
+        audited = time.monotonic()
         baseline: dict[str, Any] = {}
-        breaks = dict(zip(SERVICES, (started + 5.0, started + 10.0, started + 15.0), strict=True))
-        while (now := time.monotonic()) < end:
-            due = [service for service, at in breaks.items() if at <= now]
-            if due:
-                one.break_device(due[0])
-                breaks[due[0]] = now + BREAK_EVERY * choose.uniform(1.0, 1.3)
-            choose.choice((one.flap, one.resize, one.target, one.target))()
-            time.sleep(choose.uniform(0.5, 3.0))
-            look(one, say)
-            if not baseline and now > warm and len(outcome.events) >= 6:
+        turns = len(cards(doings))
+        while (now := time.monotonic()) < end or turns > 0:
+            if not baseline and now > settled:
                 baseline = holdings(one)
-            if outcome.problems or any(load.status is not None for load in one.loads.values()):
-                break
-        one.vm.qmp("set_link", name="net0", up=True)
+                del doings["start over"]
+                turns = len(cards(doings))
+            doings[one.deal(*cards(doings))]()
+            turns -= 1
+            time.sleep(choose.uniform(0.2, 2.5))
+            look(one, say)
+            if now - audited > AUDIT_EVERY:
+                one.balloon_agrees()
+                one.audit(quiet)
+                audited = time.monotonic()
+            one.loads_live()
+            if outcome.problems:
+                return outcome
         one.vm.qmp("balloon", value=MEMORY * MIB)
         one.balloon_agrees()
-        one.audit()
+        one.audit(quiet)
         finish(one, baseline, started)
         return outcome
+
+
+def cards(doings: Iterable[str]) -> list[str]:
+    """Each kind of event as often as it comes in comparison with others."""
+    return [name for name in doings for _ in range(EVENTS[name])]
 
 
 def holdings(one: Soak) -> dict[str, Any]:
@@ -317,14 +399,10 @@ def look(one: Soak, say: Callable[[str], None]) -> None:
 def finish(one: Soak, baseline: dict[str, Any], started: float) -> None:
     """Judge, and take everything down."""
     outcome = one.outcome
-    for name, load in one.loads.items():
-        if load.status is not None:
-            outcome.problems.append(f"the load {name!r} ended with {load.status}: {load.stderr[-2000:]}")
     last, status = holdings(one), one.probe()
     for service in SERVICES:
         before, after = baseline.get(service), last[service]
         outcome.processes[service] = {"warm": before, "end": after}
-        outcome.count(f"{service}: restarts", status[service]["restarts"]["count"])
         if before is None:
             continue
         if before["pid"] != after["pid"]:
@@ -361,4 +439,7 @@ def finish(one: Soak, baseline: dict[str, Any], started: float) -> None:
         driver = one.vm.run(f"basename $(readlink /sys/bus/pci/devices/{address}/driver)").stdout.strip()
         if driver != "virtio-pci":
             outcome.problems.append(f"{address} was left to {driver!r}")
+    outcome.count("pages pinned before", one.pinned_before)
+    if (pinned := one.pinned()) != one.pinned_before:
+        outcome.problems.append(f"{pinned} pages of the guest are pinned, before it were {one.pinned_before}")
     outcome.seconds = round(time.monotonic() - started, 1)
