@@ -85,9 +85,8 @@ def up(
 
     Without SPEC it takes the balloon, if there is exactly one that can be driven.
     """
-    from ..services.control import detach as run_detached
     from .balloon_session import BalloonSession, Wishes
-    from .driven import in_background
+    from .driven import detach as run_detached
     from .kinds import BALLOON
 
     if rate < 4096:
@@ -106,9 +105,7 @@ def up(
         def is_up(data: dict[str, Any]) -> None:
             report.done(data, lambda: show(data, f"Up in the background, process {data['pid']}."))
 
-        run_detached(
-            lambda ready: in_background(BALLOON, lambda tell: BalloonSession(wishes, tell), ready), is_up
-        )
+        run_detached(BALLOON, BalloonSession, wishes, report, is_up)
     else:
         in_foreground(BalloonSession, wishes, report)
 

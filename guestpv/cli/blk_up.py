@@ -60,9 +60,8 @@ def up(
     A flush, and a write with FUA, is answered when the device has answered a flush of its own: what a file
     system or a database relies on holds here as it does with the kernel's driver.
     """
-    from ..services.control import detach as run_detached
     from .blk_session import BlkSession, Wishes
-    from .driven import in_background
+    from .driven import detach as run_detached
     from .kinds import BLK
 
     wishes = Wishes(
@@ -80,7 +79,7 @@ def up(
         def is_up(data: dict[str, Any]) -> None:
             report.done(data, lambda: show(data, f"Up in the background, process {data['pid']}."))
 
-        run_detached(lambda ready: in_background(BLK, lambda tell: BlkSession(wishes, tell), ready), is_up)
+        run_detached(BLK, BlkSession, wishes, report, is_up)
         return
 
     def ready(status: dict[str, Any]) -> None:

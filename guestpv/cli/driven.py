@@ -15,6 +15,7 @@ from ..errors import DeviceGone, GuestpvError, UsageError
 from ..opener import Spec
 from ..opener import open as open_transport
 from ..services.control import ControlServer
+from ..services.control import detach as run_detached
 from ..spec import features as feat
 from ..system import SYSTEM
 from ..transport.base import FeatureFilter, Transport
@@ -22,6 +23,7 @@ from ..vfio.binding import bind, forget, unbind
 from ..vfio.survey import DEVICES, look_up
 from ..vfio.ways import RISK
 from .kinds import Kind
+from .report import Report
 from .restarts import Restarts
 from .signals import Stop
 from .vfio_option import NOIOMMU, is_noiommu, with_backend
@@ -239,22 +241,48 @@ class Driven(ABC):
         """What it is and how it stands, from any thread."""
 
 
+def detach(
+    kind: Kind,
+    session: Callable[[Any, Callable[[str], None]], Driven],
+    wishes: Asked,
+    report: Report,
+    up: Callable[[dict[str, Any]], None],
+) -> None:
+    """Bring it up in a process of its own; ``up`` gets its status. What it risks is told here.
+
+    Raises:
+        Detached: it failed; nothing runs in the background.
+    """
+    if wishes.vfio_backend == NOIOMMU or (wishes.spec and is_noiommu(Spec.parse(wishes.spec))):
+        report.warn(RISK)
+    run_detached(lambda ready: in_background(kind, lambda tell: session(wishes, tell), ready), up)
+
+
 def in_background(
     kind: Kind,
     make: Callable[[Callable[[str], None]], Driven],
     ready: Callable[[dict[str, Any]], None],
 ) -> None:
     """Run what ``make`` gives, with its events in a log file beside its control socket."""
+    early: list[bytes] | None = []
 
     def tell(event: str) -> None:
-        os.write(1, f"{time.strftime('%F %T')} {event}\n".encode())
+        line = f"{time.strftime('%F %T')} {event}\n".encode()
+        if early is None:
+            os.write(1, line)
+        else:
+            early.append(line)
 
     def start_log(status: dict[str, Any]) -> None:
+        nonlocal early
         path = os.path.join(kind.directory(), f"{status['name']}.log")
         log = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
         os.dup2(log, 1)
         os.dup2(log, 2)
         os.close(log)
+        # Its name is known only now; what was said before belongs into it, too.
+        os.write(1, b"".join(early or ()))
+        early = None
         tell("up")
         ready(status | {"log": path})
 

@@ -85,8 +85,8 @@ class Kind:
             raise Refused(f"this machine has no virtio {self.one}", hint=f"QEMU: {self.qemu}")
         found = [one for one in known if not one.obstacle(noiommu)[0] or (force and one.uses)]
         if not found:
-            reasons = "; ".join(f"{function.address}: {function.problem}" for function in known)
-            raise Refused(f"no {self.one} can be driven: {reasons}", hint=known[0].hint)
+            reasons = "; ".join(f"{one.address}: {one.obstacle(noiommu)[0]}" for one in known)
+            raise Refused(f"no {self.one} can be driven: {reasons}", hint=known[0].obstacle(noiommu)[1])
         if len(found) > 1:
             names = ", ".join(f"{one.address} (driver {one.driver or 'none'})" for one in found)
             raise UsageError(f"which one? {names}", hint=f"guestpv {self.verb} up {found[0].address}")

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
 from ..errors import GuestpvError
 from ..services.control import DOWN_TIME_LIMIT, ask
-from ..services.control import detach as run_detached
 from ..system import SYSTEM
-from .driven import in_background
+from .driven import detach as detach_one
 from .kinds import NET
 from .report import Report
 from .session import Session, Wishes
@@ -33,7 +32,7 @@ def up_together(wishes: Sequence[Wishes], report: Report, detach: bool) -> None:
     up: list[dict[str, Any]] = []
     try:
         for wish in wishes:
-            run_detached(session_of(wish), up.append)
+            detach_one(NET, Session, wish, report, up.append)
     except BaseException:
         take_down(up)
         raise
@@ -65,11 +64,6 @@ def up_together(wishes: Sequence[Wishes], report: Report, detach: bool) -> None:
             where=", ".join(status["function"] for status in bad),
             hint="\n".join(f"cat {status['log']}" for status in bad),
         )
-
-
-def session_of(wish: Wishes) -> Callable[[Callable[[dict[str, Any]], None]], None]:
-    """What one background process runs."""
-    return lambda ready: in_background(NET, lambda tell: Session(wish, tell), ready)
 
 
 def take_down(up: list[dict[str, Any]]) -> None:

@@ -83,8 +83,7 @@ def up(
     come up or none; each has a process of its own.
     """
     from ..services.addressing import static
-    from ..services.control import detach as run_detached
-    from .driven import in_background
+    from .driven import detach as run_detached
     from .kinds import NET
     from .session import Session, Wishes
 
@@ -120,7 +119,7 @@ def up(
         def is_up(data: dict[str, Any]) -> None:
             report.done(data, lambda: show(data, f"Up in the background, process {data['pid']}."))
 
-        run_detached(lambda ready: in_background(NET, lambda tell: Session(wanted, tell), ready), is_up)
+        run_detached(NET, Session, wanted, report, is_up)
     else:
         in_foreground(Session, wanted, report)
 

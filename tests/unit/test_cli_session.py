@@ -414,6 +414,11 @@ def test_one_without_an_iommu_is_chosen_only_when_asked_for(world: World) -> Non
     with pytest.raises(Refused, match="no IOMMU group"):
         KIND.choose(force=False)
     assert KIND.choose(force=False, noiommu=True).address == NET
+    world.kernel.remove(NET)
+    world.kernel.add(NET, 0x1000, group=None, legacy=True)
+    with pytest.raises(Refused, match=f"{NET}: a legacy-only function") as caught:
+        KIND.choose(force=False, noiommu=True)
+    assert "disable-modern=off" in caught.value.hint
 
 
 def test_there_is_no_network_function(world: World, monkeypatch: pytest.MonkeyPatch) -> None:

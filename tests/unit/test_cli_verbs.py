@@ -19,6 +19,7 @@ from guestpv.errors import GuestpvError, TimeLimit
 from guestpv.services import control
 from guestpv.services.control import Endpoint
 from guestpv.vfio import binding, survey
+from guestpv.vfio.ways import RISK
 
 from .fake_kernel import FakeKernel
 
@@ -444,6 +445,19 @@ def test_up_in_the_background(
         assert time.monotonic() < deadline
         time.sleep(0.01)
     assert log.stat().st_mode & 0o777 == 0o600
+    assert [entry[20:] for entry in log.read_text().splitlines()] == ["pv0 is up", "up", "link down"]
+    assert "warning" not in done.stderr
+
+
+@pytest.mark.parametrize("words", [["--vfio-backend", "noiommu"], [f"vfio:{NET}?backend=noiommu"]])
+def test_what_no_iommu_mode_risks_is_said_where_somebody_looks(
+    session: type[FakeSession], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, words: list[str]
+) -> None:
+    monkeypatch.setenv("RUNTIME_DIRECTORY", str(tmp_path / "run"))
+    done = run("net", "up", "--detach", "--json", *words)
+    assert done.exit_code == 0
+    assert done.stderr == f"warning: {RISK}\n"
+    assert json.loads(done.stdout)["data"]["name"] == "pv0"
 
 
 # Counters.
