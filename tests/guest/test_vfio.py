@@ -349,6 +349,8 @@ bound = bind(A)
 say([(m.address, m.command) for m in bound.blockers])
 refused(VfioFunction, A)
 say(bind(other).blockers)
+with guestpv.open(A) as t, guestpv.open(other) as u, Rng(t) as one, Rng(u) as two:
+    say(len(one.read(64)), len(two.read(64)), t.mode, u.mode)
 one, two = VfioFunction(A), VfioFunction(other)
 say(one.dma.map(4096).segments[0].address != two.dma.map(4096).segments[0].address)
 one.close()
@@ -357,7 +359,8 @@ say(two.bar(4).read(20, 1))
 two.close()
 say(one.info.group == two.info.group, unbind(A).driver, unbind(other).driver)
 """
-    blockers, refusal, rest, apart, status, back = guest(vm, first, script)
+    blockers, refusal, rest, driven, apart, status, back = guest(vm, first, script)
+    assert driven == "64 64 msix msix"
     assert blockers == str([(second, f"guestpv bind {second}")])
     assert re.match(rf"Refused \| .* not viable: the kernel still drives {second} \(virtio-rng", refusal)
     assert f"`guestpv bind {second}`" in refusal

@@ -8,13 +8,15 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
 from unit import test_abi
 
-from guestvm import LabError, Machine
+import strictguest
+from guestpv.vfio.ways import RISK
+from guestvm import LabError, Machine, line
 from guestvm import kernel as kernels
 from guestvm.progress import Progress
 from worlds import bodies
@@ -25,6 +27,8 @@ from .test_vfio import AS_USER, REQUESTED, driver, guest, start
 
 SERIES = "6.12+vfio"
 HUGE_PAGES = 24
+LEGACY_SLOT, TRANSITIONAL_SLOT = "0x1d", "0x1e"
+LEGACY, TRANSITIONAL = "0000:00:1d.0", "0000:00:1e.0"
 GUARDIANS = "grep -q '[v]fio/guardian.py' /proc/[0-9]*/cmdline 2>/dev/null"
 """A shell command that succeeds while there is one; it does not find itself."""
 BODIES = """
@@ -37,6 +41,15 @@ bind(address, noiommu=way == "noiommu")
 for body in bodies.BODIES[kind]:
     body(bodies.Place(lambda: guestpv.open(f"vfio:{address}?backend={way}"), queues=int(queues)))
     print(body.__name__, flush=True)
+"""
+ECHO = """
+import socket, sys
+frame = b"\\xff" * 6 + bytes(6) + b"\\x88\\xb5" + bytes(range(200))
+with socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(0x88B5)) as link:
+    link.bind((sys.argv[1], 0x88B5))
+    link.settimeout(120)
+    link.send(frame)
+    print(link.recv(2048) == frame)
 """
 DRIVING = """
 bind(A, noiommu=WAY == "noiommu")
@@ -78,13 +91,16 @@ def machine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
                     f"virtio-rng-pci,id=rng0,{modern}",
                     f"virtio-net-pci,id=net0,netdev=net,{modern}",
                     f"virtio-blk-pci,id=blk0,drive=disk,num-queues={QUEUES},{modern}",
-                    "virtio-rng-pci,id=both,bus=pcie.0,addr=0x1e",
+                    f"virtio-rng-pci,id=old,bus=pcie.0,addr={LEGACY_SLOT},disable-modern=on",
+                    f"virtio-rng-pci,id=both,bus=pcie.0,addr={TRANSITIONAL_SLOT}",
                     *bridged,
                 ],
                 netdevs=[cable.netdev],
                 blockdevs=[f"driver=file,filename={disk},node-name=disk"],
                 iommu=iommu,
                 limit=3600,
+                # The machine's own may be too old for it.
+                qemu=str(strictguest.newest_qemu(folder)) if iommu == "amd" else line.QEMU,
                 warm=True,
             )
             vm.start()
@@ -126,6 +142,28 @@ def drive(vm: Machine, backend: str, kind: str) -> None:
     assert done.status == 0, done.stderr
     assert done.stdout.split() == [body.__name__ for body in bodies.BODIES[kind]]
     give_back(vm, address)
+
+
+@contextmanager
+def going_down(vm: Machine, verb: str, address: str) -> Iterator[None]:
+    """At the end it goes down, the kernel's driver has the function back, and nothing stays behind."""
+    try:
+        yield
+        down = vm.run(f"guestpv {verb} down", timeout=300)
+        assert down.status == 0, down.stderr
+        assert driver(vm, address) == "virtio-pci"
+        wait_until_nothing_is_kept(vm)
+    except BaseException:
+        # What failed leaves nothing to the next test.
+        if vm.alive:
+            vm.run(f"guestpv {verb} down --all", timeout=300)
+            vm.run(f"guestpv unbind --force {address}", timeout=300)
+        raise
+
+
+def echoes(vm: Machine) -> bool:
+    """Whether a frame that goes out through the link comes back."""
+    return vm.run(["python", "-", "pv0"], stdin=ECHO.encode(), timeout=300).check().stdout == "True\n"
 
 
 class Ways:
@@ -176,6 +214,34 @@ with guestpv.open(f"{A}?backend={WAY}") as t, Rng(t) as device:
         result = process.wait()
         assert (result.status, result.stdout.splitlines()) == (0, ["ready", "True"]), result.stderr
         wait_until_nothing_is_kept(machine)
+
+    def test_the_modern_part_of_a_transitional_function_and_none_of_a_legacy_one(
+        self, machine: Machine, way: str
+    ) -> None:
+        """QEMU gives a transitional function no vIOMMU; it is driven where there is none."""
+        flag = f"noiommu={way == 'noiommu'}"
+        script = f"""
+say(look_up(A).kind, bind(A, {flag}).driver)
+try:
+    with guestpv.open(f"{{A}}?backend={way}") as t, Rng(t) as device:
+        say(len(device.read(64)), t.offered >> 32 & 1)
+except GuestpvError as error:
+    say(type(error).__name__, error.message)
+say(unbind(A).driver)
+"""
+        kind, rest, back = guest(machine, TRANSITIONAL, script)
+        assert (kind, back) == ("transitional virtio-pci", "virtio-pci")
+        if way == "noiommu":
+            assert rest == "64 1"
+        else:
+            assert rest.startswith("Refused the device does not offer ACCESS_PLATFORM")
+        wait_until_nothing_is_kept(machine)
+        option = " --vfio-backend noiommu" if way == "noiommu" else ""
+        refused = machine.run(f"guestpv bind {LEGACY}{option} --force")
+        assert refused.status == 3
+        assert f"{LEGACY}: a legacy-only function" in refused.stderr
+        assert "disable-modern=off" in refused.stderr
+        assert driver(machine, LEGACY) == "virtio-pci"
 
 
 class TestIntel(Ways):
@@ -256,19 +322,99 @@ with guestpv.open(f"{A}?backend=iommufd") as t, Rng(t) as device:
         give_back(machine, net)
 
 
-class TestVirtio:
-    """It remaps no interrupts; the machine's kernel is told to do without."""
-
-    iommu = "virtio"
+class Translates:
+    """What is tried with an IOMMU that hides behind the same ways as Intel's."""
 
     @pytest.mark.parametrize("backend", ["type1", "iommufd"])
     def test_it_translates(self, machine: Machine, backend: str) -> None:
         drive(machine, backend, "rng")
 
 
+class TestVirtio(Translates):
+    """It remaps no interrupts; the machine's kernel is told to do without."""
+
+    iommu = "virtio"
+
+
+class TestAmd(Translates):
+    """With a QEMU that translates for devices behind it: 10.2 or newer."""
+
+    iommu = "amd"
+
+    def test_net_up_and_what_doctor_says(self, machine: Machine) -> None:
+        net = machine.address("net0")
+        doctor = machine.run(["guestpv", "doctor", net]).stdout
+        assert re.search(r"^ok +IOMMU +ivhd0", doctor, re.MULTILINE)
+        assert re.search(r"^ok +interrupt remapping +on", doctor, re.MULTILINE)
+        assert "QEMU's amd-iommu does not migrate" in " ".join(doctor.split())
+        with going_down(machine, "net", net):
+            machine.run(f"guestpv net up {net} --no-address --detach").check()
+            assert echoes(machine)
+
+
 class TestNone(Ways):
     iommu = "none"
     ways = ("noiommu",)
+
+    def test_net_up_with_the_explicit_flag_only(self, machine: Machine) -> None:
+        net = machine.address("net0")
+        plain = machine.run(f"guestpv net up {net} --no-address --detach")
+        assert (plain.status, "no IOMMU group" in plain.stderr) == (3, True)
+        with going_down(machine, "net", net):
+            up = machine.run("guestpv net up --vfio-backend noiommu --no-address --detach")
+            assert up.status == 0, up.stderr
+            assert f"warning: {RISK}" in up.stderr
+            assert echoes(machine)
+            (one,) = json.loads(machine.run("guestpv net status --json").check().stdout)["data"]
+            assert one["spec"] == f"vfio:{net}?backend=noiommu"
+            assert f"WARNING: {RISK}" in machine.read_file("/run/guestpv/pv0.log").decode()
+
+    def test_blk_up_with_the_explicit_flag_only(self, machine: Machine) -> None:
+        blk = machine.address("blk0")
+        plain = machine.run(f"guestpv blk up {blk} --detach")
+        assert (plain.status, "no IOMMU group" in plain.stderr) == (3, True)
+        with going_down(machine, "blk", blk):
+            up = machine.run(f"guestpv blk up {blk} --vfio-backend noiommu --detach --json")
+            assert up.status == 0, up.stderr
+            assert f"warning: {RISK}" in up.stderr
+            path = json.loads(up.stdout)["data"]["path"]
+            written = machine.run(f"dd if=/dev/urandom bs=64k of={path}; sync {path}; md5sum < {path}").stdout
+        # What went through us is on the disk: the kernel's own driver reads the same.
+        name = machine.run(f"ls /sys/bus/pci/devices/{blk}/virtio*/block").check().stdout.strip()
+        assert machine.run(f"md5sum < /dev/{name}").check().stdout == written
+
+    def test_bind_list_and_doctor(self, machine: Machine) -> None:
+        net = machine.address("net0")
+        bound = machine.run(f"guestpv bind {net} --vfio-backend noiommu")
+        assert (bound.status, f"warning: {RISK}" in bound.stderr) == (0, True), bound.stderr
+        assert re.search(rf"{net} .* noiommu-\d+ ", machine.run("guestpv list").stdout)
+        doctor = machine.run(["guestpv", "doctor", f"{net}?backend=noiommu"])
+        assert doctor.status == 0, doctor.stdout
+        assert re.search(rf"^warn +{net} net no-IOMMU mode ", doctor.stdout, re.MULTILINE)
+        give_back(machine, net)
+
+    def test_what_is_missing(self, machine: Machine) -> None:
+        address = machine.address("rng0")
+        enabled = "/sys/module/vfio/parameters/enable_unsafe_noiommu_mode"
+        script = f"""
+def enable(value):
+    with open({enabled!r}, "w") as file:
+        file.write(value)
+enable("0")
+refused(bind, A, noiommu=True)
+enable("1")
+bind(A, noiommu=True, user="user")
+function = VfioFunction(A, backend="noiommu")
+refused(function.dma.map, 1 << 30)
+function.close()
+"""
+        off, pages = guest(machine, address, script)
+        assert f"VFIO's no-IOMMU mode is not enabled | as root: echo 1 > {enabled}" in off
+        assert "no 1024 MiB of reserved huge pages" in pages
+        (refusal,) = guest(machine, address, "refused(VfioFunction, A, backend='noiommu')", AS_USER)
+        assert refusal.startswith("AccessDenied | /dev/vfio/noiommu-")
+        assert "CAP_SYS_RAWIO" in refusal
+        give_back(machine, address)
 
 
 def test_our_table_of_the_kernels_interface_is_that_of_new_headers(tmp_path: Path) -> None:
