@@ -25,7 +25,8 @@ def test_requests_cost_few_register_accesses(tmp_path: Path) -> None:
     for driver in (KERNEL, BLK_UP):
         assert 0.9 <= found[driver, 1].accesses <= 1.1
     # Less where QEMU still looked at the ring for the request before, on a machine that is busy.
-    assert 0.9 <= found[LIBRARY, 1].accesses <= 1
+    # And `blk up` beside it looks at its own device's status once a second, which is counted, too.
+    assert 0.9 <= found[LIBRARY, 1].accesses <= 1.05
     # How many requests wait when a driver looks is the schedulers' choice; more than one access each is not.
     for driver in (LIBRARY, BLK_UP):
         assert found[driver, 32].accesses <= 1.1
