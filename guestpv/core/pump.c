@@ -12,6 +12,8 @@
 
 enum {
     STUCK_MS = 200, /* how long sent frames may stay with the device before it is reminded */
+    HELD_BYTES = 4096,  /* of frames to send that may wait for others while frames come in, */
+    HELD_BUFFERS = 4 * GPV_PORT_BURST, /* and for how many receive buffers */
     NO_NEWS = -2,
 };
 
@@ -20,6 +22,8 @@ struct gpv_pump {
     struct gpv_pump_counters n;
     uint64_t back;     /* sent frames that had come back when somebody last looked, */
     int64_t waiting;   /* and since when they have been that many */
+    uint64_t held;     /* bytes to send that the device does not know of yet, */
+    uint32_t since;    /* and receive buffers that came in since it was told of the last ones */
     int32_t capture_next; /* what capture_fd is to become: left by another thread, NO_NEWS once taken */
     int32_t capture_fd;   /* the pump's thread's own, -1: nobody captures */
 };
@@ -123,8 +127,16 @@ static enum gpv_fate into_tap(void *user, struct iovec *frame, uint32_t fragment
     return errno == EINVAL ? GPV_MALFORMED : GPV_DROPPED;
 }
 
-/* Returns how many frames went out, or a negative code. One kick at most, whatever the burst. */
-static int32_t transmit(struct gpv_pump *p)
+/* What a stream that comes in makes us send are acknowledgements, a few after each batch. They go out together, once the
+ * batches pause or four of them are in; anything longer goes out at once, and what it finds waiting with it. */
+static int hold(const struct gpv_pump *p, int32_t in)
+{
+    return in && p->since < HELD_BUFFERS && p->held <= HELD_BYTES;
+}
+
+/* After so many receive buffers came in. Returns how many frames were taken, or a negative code. One kick at most,
+ * whatever the burst. */
+static int32_t transmit(struct gpv_pump *p, int32_t in)
 {
     uint32_t size = gpv_port_buffer_size(p->c.port);
     int32_t status = gpv_port_reclaim(p->c.port), sent = 0;
@@ -149,10 +161,14 @@ static int32_t transmit(struct gpv_pump *p)
             show(p, GPV_CAPTURED_TX, &whole, 1, (uint32_t)length);
         }
         sent += status;
+        p->held += (uint64_t)length;
     }
-    if (sent) {
-        if (gpv_outstanding(p->c.tx) == (uint32_t)sent)
+    p->since += (uint32_t)in;
+    uint32_t waiting = gpv_unpublished(p->c.tx);
+    if (waiting && !hold(p, in)) {
+        if (gpv_outstanding(p->c.tx) == waiting)
             p->waiting = now_ms();
+        p->held = p->since = 0;
         status = gpv_publish(p->c.tx);
         if (status < 0)
             return status;
@@ -247,7 +263,7 @@ int32_t gpv_pump_run(struct gpv_pump *p)
         int32_t in = gpv_port_take(p->c.port, GPV_PORT_BURST, into_tap, p);
         if (in < 0)
             return in;
-        int32_t out = transmit(p);
+        int32_t out = transmit(p, in);
         if (out < 0)
             return out;
         if (in || out || p->c.rx_fd < 0)

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from pyroute2 import IPRoute
 
 from guestpv.devices.loopback import open_function
 from guestpv.devices.models.net import Net as NetModel
@@ -22,6 +23,7 @@ from guestpv.transport.pci import PciTransport
 
 ETH_P_TEST = 0x88B5
 """Local experimental EtherType (IEEE 802): nothing else on the link uses it."""
+ARP = b"\x08\x06"
 SIOCGIFFLAGS, SIOCGIFMTU, SIOCGIFHWADDR = 0x8913, 0x8921, 0x8927
 IFF_RUNNING = 0x40
 LOCAL = bytes.fromhex("525400000001")
@@ -69,6 +71,20 @@ class Bench:
 def frame(number: int, size: int = 60, *, inbound: bool = False) -> bytes:
     ends = LOCAL + REMOTE if inbound else REMOTE + LOCAL
     return (ends + struct.pack("!HI", ETH_P_TEST, number)).ljust(size, bytes([number % 256]))
+
+
+def who_has(address: str, sender: str) -> bytes:
+    """An ARP request (RFC 826)."""
+    ask = struct.pack("!HHBBH", 1, 0x0800, 6, 4, 1)
+    ends = REMOTE + socket.inet_aton(sender) + bytes(6) + socket.inet_aton(address)
+    return bytes([0xFF] * 6) + REMOTE + ARP + ask + ends
+
+
+def wait_until(true: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
 
 
 @pytest.fixture
@@ -133,6 +149,29 @@ def test_a_frame_over_many_merged_buffers_arrives_whole(bench: Callable[..., Ben
     data = frame(7, 9014, inbound=True)
     one.model.deliver(data)
     assert one.socket.recv(65536) == data
+
+
+@pytest.mark.parametrize("packed", ["off", "on"])
+def test_short_answers_to_a_stream_share_a_notification(bench: Callable[..., Bench], packed: str) -> None:
+    """Of 250 frames that come in at once, each 25th makes the kernel answer."""
+    one = bench(packed=packed, event_idx="off")
+    answers: list[bytes] = []
+    one.model.peer = lambda packet: answers.append(packet.data) if packet.data[12:14] == ARP else None
+    with IPRoute() as route:
+        link = route.link_lookup(ifname=one.service.ifname)[0]
+        route.addr("add", index=link, address="10.77.0.1", prefixlen=24)
+    receiveq = one.function.device.queues[0]
+    with one.function.device.executor:
+        receiveq.hold = True
+    for number in range(250):
+        one.model.deliver(frame(number, inbound=True) if number % 25 else who_has("10.77.0.1", "10.77.0.2"))
+    wait_until(lambda: len(receiveq.held) == 250)
+    before = one.service.stats()["tx"]["kicks"]
+    with one.function.device.executor:
+        receiveq.hold = False
+        receiveq.release()
+    wait_until(lambda: len(answers) == 10)
+    assert one.service.stats()["tx"]["kicks"] - before <= 2
 
 
 def test_the_link_has_the_devices_address_and_mtu(bench: Callable[..., Bench]) -> None:

@@ -40,7 +40,7 @@ OURS, KERNEL, E1000 = "net up", "kernel", "e1000"
 DRIVERS = [(ring, who) for ring in ("split", "packed") for who in (OURS, KERNEL)] + [("e1000", E1000)]
 WAYS = {"send": "", "receive": "-R"}
 REGIONS = {"split": "virtio-pci-", "packed": "virtio-pci-", "e1000": "e1000-"}
-COUNTED_MIB = 16
+COUNTED_MIB = 64
 
 
 @dataclass(frozen=True)
