@@ -1,15 +1,11 @@
-/* The client's half of the NBD export: requests in, answers out, and waiting for either side. */
-#define _GNU_SOURCE
+/* The client's half of the NBD export: requests in, answers out. */
 #include "nbd_inside.h"
 
 #include <errno.h>
-#include <poll.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/socket.h>
 #include <sys/uio.h>
-#include <time.h>
-#include <unistd.h>
 
 enum {
     REQUEST_MAGIC = 0x25609513,
@@ -17,8 +13,6 @@ enum {
     REQUEST_BYTES = 28,
     REPLY_BYTES = 16,
     MOST_PIECES = GPV_NBD_SLOTS + 1,
-    LOOK_NS = 20000,
-    LEAST_SPIN_NS = 10000,
 };
 
 static uint64_t get_be(const uint8_t *from, int bytes)
@@ -314,72 +308,12 @@ static int32_t receive(struct gpv_nbd *e)
     return begun;
 }
 
-static int64_t now_ns(void)
+static int32_t publish(struct gpv_nbd *e)
 {
-    struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return (int64_t)t.tv_sec * 1000000000 + t.tv_nsec;
-}
-
-/* Looks for completions, and now and then for requests, before sleeping: to go to sleep and be woken costs a virtual
- * processor far more than a fast disk or a busy client takes. Returns whether there is something. */
-static int32_t spin(struct gpv_nbd *e, int64_t start)
-{
-    struct pollfd input = { .fd = e->ending || e->blocked ? -1 : e->c.socket, .events = POLLIN };
-    int64_t now = start, look = start;
-    while (now < start + e->spin_ns) {
-        int32_t pending = gpv_pending(e->c.queue);
-        if (pending)
-            return pending;
-        if (now >= look) {
-            look = now + LOOK_NS;
-            if (poll(&input, 1, 0) > 0)
-                return 1;
-        }
-        now = now_ns();
-    }
-    return 0;
-}
-
-/* The next look lasts longer where it would have found something in time, and shorter where it would not: when the disk
- * is slow, nobody asks, or the host has too few processors and the look keeps the others from running. */
-static void learn(struct gpv_nbd *e, int64_t waited)
-{
-    if (waited > e->c.spin_ns)
-        e->spin_ns = e->spin_ns / 2 < LEAST_SPIN_NS ? 0 : e->spin_ns / 2;
-    else
-        e->spin_ns = e->spin_ns * 2 < LEAST_SPIN_NS ? LEAST_SPIN_NS : e->spin_ns * 2;
-    if (e->spin_ns > e->c.spin_ns)
-        e->spin_ns = e->c.spin_ns;
-}
-
-/* Nothing to do: wait until there is. Returns 0, or a negative code. */
-static int32_t wait_for_work(struct gpv_nbd *e)
-{
-    int64_t start = now_ns();
-    int32_t found = spin(e, start);
-    if (found == 0 && e->busy && e->c.queue_fd >= 0)
-        found = gpv_arm(e->c.queue);
-    if (found == 0) {
-        struct pollfd fds[] = {
-            { .fd = e->c.stop_fd, .events = POLLIN },
-            { .fd = e->ending || e->blocked ? -1 : e->c.socket, .events = POLLIN },
-            { .fd = e->busy ? e->c.queue_fd : -1, .events = POLLIN },
-        };
-        if (poll(fds, 3, e->busy && e->c.queue_fd < 0 ? 0 : -1) < 0 && errno != EINTR)
-            return GPV_NBD_ERRNO - errno;
-        count(&e->n.wakeups, 1);
-        uint64_t events;
-        if (fds[0].revents & POLLIN && read(e->c.stop_fd, &events, sizeof events) == sizeof events
-            && !__atomic_load_n(&e->paused, __ATOMIC_ACQUIRE))
-            e->ending = 1;
-        if (fds[2].revents & POLLIN && read(e->c.queue_fd, &events, sizeof events) == sizeof events)
-            count(&e->n.interrupts, events);
-    }
-    learn(e, now_ns() - start);
-    if (e->c.queue_fd >= 0)
-        gpv_disarm(e->c.queue);
-    return found < 0 ? found : 0;
+    e->added = 0;
+    e->urgent = 0;
+    int32_t result = gpv_publish(e->c.queue);
+    return result < 0 ? result : 0;
 }
 
 static int32_t serve(struct gpv_nbd *e)
@@ -393,9 +327,9 @@ static int32_t serve(struct gpv_nbd *e)
         int32_t begun = receive(e);
         if (begun < 0)
             return begun;
-        if (e->added) {
-            e->added = 0;
-            int32_t result = gpv_publish(e->c.queue);
+        int more = gpv_nbd_gather(e);
+        if (e->added && !more) {
+            int32_t result = publish(e);
             if (result < 0)
                 return result;
         }
@@ -407,7 +341,7 @@ static int32_t serve(struct gpv_nbd *e)
             return 0;
         if (back || begun || answered)
             continue;
-        int32_t result = wait_for_work(e);
+        int32_t result = gpv_nbd_wait(e, more);
         if (result < 0)
             return result;
     }
@@ -452,11 +386,7 @@ static int32_t all_again(struct gpv_nbd *e)
             result = again(e, &e->ops[i]);
         }
     }
-    if (result == 0 && e->added) {
-        e->added = 0;
-        result = gpv_publish(e->c.queue);
-    }
-    return result < 0 ? result : 0;
+    return result == 0 && e->added ? publish(e) : result;
 }
 
 void gpv_nbd_pause(struct gpv_nbd *e)
@@ -474,6 +404,7 @@ void gpv_nbd_rebind(struct gpv_nbd *e, const struct gpv_nbd_config *config)
     e->c.data = old.data;
     e->c.data_size = old.data_size;
     e->added = 0;
+    e->urgent = 0;
     e->rebound = 1;
     __atomic_store_n(&e->paused, 0, __ATOMIC_RELEASE);
 }

@@ -75,6 +75,7 @@ int32_t gpv_nbd_add(struct gpv_nbd *e, struct op *o, uint32_t slot, uint32_t typ
         return id;
     o->outstanding++;
     e->added++;
+    e->urgent |= type == T_FLUSH;
     count(&e->n.requests, 1);
     return 0;
 }

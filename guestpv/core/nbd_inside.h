@@ -1,4 +1,5 @@
-/* The NBD export inside: what its two halves share. nbd.c speaks with the client, nbd_device.c with the device. */
+/* The NBD export inside: what its parts share. nbd.c speaks with the client, nbd_device.c with the device, and nbd_wait.c
+ * says what waits for what. */
 #ifndef GPV_NBD_INSIDE_H
 #define GPV_NBD_INSIDE_H
 #include <stddef.h>
@@ -50,6 +51,8 @@ struct gpv_nbd {
     int ending;
     int paused;             /* asked for by another thread */
     int rebound;            /* what is busy has to be given to another queue */
+    int urgent;             /* among the added is one that nothing may delay */
+    uint32_t depth;         /* how many ops the client keeps open at once, as far as we saw lately */
     int64_t spin_ns;        /* how long the next look before sleeping lasts */
     uint32_t have, used;    /* of `input`: filled, and consumed from its start */
     uint8_t input[INPUT];
@@ -80,6 +83,11 @@ int32_t gpv_nbd_add_ranges(struct gpv_nbd *e, struct op *o);
 /* Takes what the device is done with, and goes on with the ops whose requests are all back. Returns how many virtio
  * requests came back, or a negative code. */
 int32_t gpv_nbd_reap(struct gpv_nbd *e);
+/* Whether what was added should wait for more before it becomes available to the device. */
+int gpv_nbd_gather(struct gpv_nbd *e);
+/* Nothing to do: wait until there is. With something held for more to come, awake and not for long; whatever did not come
+ * by then is not waited for any more. Returns 0, or a negative code. */
+int32_t gpv_nbd_wait(struct gpv_nbd *e, int held);
 /* Puts the op among those to be answered. */
 void gpv_nbd_finish(struct gpv_nbd *e, struct op *o);
 /* The op was answered: it and its slots are free. */

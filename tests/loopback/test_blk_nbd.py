@@ -7,6 +7,7 @@ import itertools
 import socket
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -177,6 +178,128 @@ def test_what_has_arrived_together_is_one_notification(make: Make) -> None:
     bench.export.start()
     assert [bench.client.answer()[1] for _ in range(32)] == [0] * 32
     assert bench.export.counters()["kicks"] == 1
+
+
+class Hoard:
+    """Makes a disk keep what it is given until ``release``; requests reach it, and notifications go on."""
+
+    def __init__(self, model: Model) -> None:
+        self._model, self._honest = model, model.handle
+        self._kept: list[tuple[Any, Chain]] = []
+        model.handle = lambda queue, chain: self._kept.append((queue, chain))  # type: ignore[method-assign]
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def forget(self) -> None:
+        del self._kept[:]
+
+    def release(self) -> None:
+        with self._model.device.executor:
+            self._model.handle = self._honest  # type: ignore[method-assign]
+            for queue, chain in self._kept:
+                self._honest(queue, chain)
+
+
+def until(true: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+
+
+def holds(hoard: Hoard, number: int) -> bool:
+    return len(hoard) == number
+
+
+FOR_EVER = 3600_000_000
+
+
+def busy(make: Make, depth: int, spin_us: int = FOR_EVER, **params: Any) -> tuple[Bench, Hoard]:
+    """An export whose device has so many reads, and that looks for more without ever giving up."""
+    bench = make(begin=False, spin_us=spin_us, **params)
+    hoard = Hoard(bench.model)
+    for number in range(depth):
+        bench.client.ask(wire.CMD_READ, 4096 * number, 4096)
+    bench.export.start()
+    until(partial(holds, hoard, depth))
+    return bench, hoard
+
+
+def trickle(bench: Bench, number: int) -> None:
+    """So many more reads, the next one not before the export has the one before."""
+    for _ in range(number):
+        wanted = bench.export.counters()["reads"] + 1
+        bench.client.ask(wire.CMD_READ, 0, 4096)
+        until(partial(begun, bench, wanted))
+
+
+def begun(bench: Bench, reads: int) -> bool:
+    return bench.export.counters()["reads"] == reads
+
+
+def finish(bench: Bench, hoard: Hoard, number: int) -> None:
+    hoard.release()
+    assert [bench.client.answer()[1] for _ in range(number)] == [0] * number
+
+
+@pytest.mark.parametrize("packed", ["off", "on"])
+def test_what_a_busy_client_asks_for_is_gathered_to_a_half(make: Make, packed: str) -> None:
+    bench, hoard = busy(make, 8, packed=packed)
+    trickle(bench, 7)
+    assert (len(hoard), bench.export.counters()["kicks"]) == (8, 1)
+    trickle(bench, 1)
+    until(partial(holds, hoard, 16))
+    assert bench.export.counters()["kicks"] <= 2
+    finish(bench, hoard, 16)
+
+
+@pytest.mark.parametrize("spin_us", [0, 20_000])
+def test_gathering_ends_when_nothing_more_comes(make: Make, spin_us: int) -> None:
+    bench, hoard = busy(make, 8, spin_us)
+    for number in range(9, 12):
+        trickle(bench, 1)
+        until(partial(holds, hoard, number))
+    finish(bench, hoard, 11)
+    for number in range(5):
+        assert bench.client.call(wire.CMD_WRITE, 4096 * number, bytes(4096)) == (0, b"")
+
+
+def test_of_two_none_waits(make: Make) -> None:
+    bench, hoard = busy(make, 1)
+    trickle(bench, 1)
+    until(partial(holds, hoard, 2))
+    finish(bench, hoard, 2)
+
+
+@pytest.mark.parametrize(("command", "reach"), [(wire.CMD_FLUSH, 11), (wire.CMD_DISC, 10)])
+def test_a_flush_and_a_goodbye_take_with_them_what_was_gathered(make: Make, command: int, reach: int) -> None:
+    bench, hoard = busy(make, 8)
+    trickle(bench, 2)
+    assert len(hoard) == 8
+    bench.client.ask(command)
+    until(partial(holds, hoard, reach))
+    finish(bench, hoard, reach)
+
+
+def test_nothing_is_gathered_when_there_is_no_room_for_more(make: Make) -> None:
+    bench, hoard = busy(make, 60)
+    trickle(bench, 4)
+    assert len(hoard) == 60
+    bench.client.ask(wire.CMD_READ, 0, 4096)
+    until(partial(holds, hoard, 64))
+    finish(bench, hoard, 64)
+
+
+def test_what_was_gathered_outlives_a_restart(make: Make) -> None:
+    bench, hoard = busy(make, 8)
+    trickle(bench, 2)
+    bench.export.pause()
+    bench.blk.restart(settle=False)
+    hoard.forget()
+    bench.export.resume()
+    finish(bench, hoard, 10)
+    assert bench.export.counters()["resubmitted"] == 10
 
 
 def test_fua_is_a_write_and_a_flush(make: Make) -> None:

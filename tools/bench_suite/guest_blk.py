@@ -31,7 +31,7 @@ SIZE = 256 << 20
 LEAST = {(LIBRARY, 1): 1.0, (LIBRARY, 32): 1.0, (BLK_UP, 32): 0.7}
 FOREIGN = 0.1
 """Share of one processor that others than the guest may use in a run that counts."""
-COUNTS = {1: 200, 32: 3200}
+COUNTS = {1: 200, 32: 9600}
 
 
 @dataclass(frozen=True)
