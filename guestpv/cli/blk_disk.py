@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any, Final, Protocol
 
-import click
 import numpy as np
 from numpy.typing import NDArray
 
@@ -20,7 +19,6 @@ from ..errors import GuestpvError, UsageError
 from ..opener import SCHEMES, Spec
 from ..opener import open as open_transport
 from ..vfio.binding import bind, unbind
-from ..vfio.ways import RISK
 from .kinds import BLK
 from .report import Report
 from .vfio_option import is_noiommu
@@ -74,8 +72,6 @@ def opened(spec: str) -> Iterator[Blk]:
     parsed = Spec.parse(spec)
     with ExitStack() as undo:
         if parsed.scheme == "vfio":
-            if is_noiommu(parsed):
-                click.echo(f"warning: {RISK}", err=True)
             bound = bind(parsed.body, noiommu=is_noiommu(parsed))
             if bound.changed:
                 undo.callback(unbind, parsed.body)

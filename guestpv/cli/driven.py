@@ -144,8 +144,6 @@ class Driven(ABC):
 
     def _take(self, spec: Spec, undo: ExitStack) -> None:
         """Bind the function if nobody did; what was bound here is given back here."""
-        if is_noiommu(spec):
-            self._say(f"WARNING: {RISK}")
         function = look_up(spec.body)
         self._function = function.address
         self.kind.require(function.type, function.address)
@@ -248,14 +246,23 @@ def detach(
     report: Report,
     up: Callable[[dict[str, Any]], None],
 ) -> None:
-    """Bring it up in a process of its own; ``up`` gets its status. What it risks is told here.
+    """Bring it up in a process of its own; ``up`` gets its status.
+
+    What it risks is told here and in its log: nobody sees what the library says of it there.
 
     Raises:
         Detached: it failed; nothing runs in the background.
     """
-    if wishes.vfio_backend == NOIOMMU or (wishes.spec and is_noiommu(Spec.parse(wishes.spec))):
+    risky = wishes.vfio_backend == NOIOMMU or bool(wishes.spec and is_noiommu(Spec.parse(wishes.spec)))
+    if risky:
         report.warn(RISK)
-    run_detached(lambda ready: in_background(kind, lambda tell: session(wishes, tell), ready), up)
+
+    def make(tell: Callable[[str], None]) -> Driven:
+        if risky:
+            tell(f"WARNING: {RISK}")
+        return session(wishes, tell)
+
+    run_detached(lambda ready: in_background(kind, make, ready), up)
 
 
 def in_background(

@@ -28,6 +28,7 @@ from guestpv.vfio.binding import unbind as real_unbind
 from guestpv.vfio.lock import runtime_directory
 from guestpv.vfio.survey import look_up as real_look_up
 from guestpv.vfio.survey import survey as real_survey
+from guestpv.vfio.ways import RISK
 
 from .fake_kernel import FakeKernel
 
@@ -80,7 +81,10 @@ class World:
                 self.log.append("transport closed")
 
         return SimpleNamespace(
-            name=spec.removeprefix("vfio:"), device_type=self.device_type, close=close, feature_filter=None
+            name=spec.removeprefix("vfio:").partition("?")[0],
+            device_type=self.device_type,
+            close=close,
+            feature_filter=None,
         )
 
 
@@ -419,6 +423,15 @@ def test_one_without_an_iommu_is_chosen_only_when_asked_for(world: World) -> Non
     with pytest.raises(Refused, match=f"{NET}: a legacy-only function") as caught:
         KIND.choose(force=False, noiommu=True)
     assert "disable-modern=off" in caught.value.hint
+
+
+def test_the_risk_of_no_iommu_mode_is_told_by_the_library_alone(world: World) -> None:
+    world.kernel.remove(NET)
+    world.kernel.add_noiommu()
+    world.kernel.add(NET, group=None)
+    told, (status,) = run(Wishes(vfio_backend="noiommu"))
+    assert status["spec"] == f"vfio:{NET}?backend=noiommu"
+    assert not [event for event in told if RISK in event]
 
 
 def test_there_is_no_network_function(world: World, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -458,6 +458,7 @@ def test_what_no_iommu_mode_risks_is_said_where_somebody_looks(
     assert done.exit_code == 0
     assert done.stderr == f"warning: {RISK}\n"
     assert json.loads(done.stdout)["data"]["name"] == "pv0"
+    assert (tmp_path / "run" / "pv0.log").read_text().count(f"WARNING: {RISK}\n") == 1
 
 
 # Counters.

@@ -22,7 +22,7 @@ from guestpv.vfio.context import Attachment
 from guestpv.vfio.function import VfioFunction, open_function
 from guestpv.vfio.noiommu import NoIommu
 from guestpv.vfio.survey import look_up
-from guestpv.vfio.ways import AUTO, NAMES, PARAMETER, usable
+from guestpv.vfio.ways import AUTO, NAMES, PARAMETER, RISK, usable
 
 from .fake_kernel import FakeKernel, Faulty, os_error
 
@@ -196,9 +196,12 @@ def test_it_is_not_for_functions_behind_an_iommu(kernel: FakeKernel) -> None:
     assert bind(NET, noiommu=True, system=kernel).node == "/dev/vfio/7"
 
 
-def test_addresses_are_physical_and_the_pages_huge(bare: FakeKernel) -> None:
+def test_addresses_are_physical_and_the_pages_huge(
+    bare: FakeKernel, caplog: pytest.LogCaptureFixture
+) -> None:
     assert bind(NET, noiommu=True, system=bare).node == "/dev/vfio/noiommu-124"
     function = VfioFunction(NET, backend="noiommu", system=bare)
+    assert caplog.messages == [f"/dev/vfio/noiommu-124: {RISK}"]
     assert not function.translated
     region = function.dma.map(3 << 20)
     assert region.array.nbytes == 2 * HUGE, "whole huge pages"
