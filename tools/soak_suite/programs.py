@@ -133,14 +133,6 @@ PROBE: Final = '''
 import json, os, pathlib, time
 from guestpv.services.control import ask
 
-def threads(pid):
-    # Whoever asks is answered by a thread, which ends a moment later.
-    counts = []
-    for _ in range(5):
-        time.sleep(0.1)
-        counts.append(len(os.listdir(f"/proc/{pid}/task")))
-    return min(counts)
-
 found = {}
 for name, place in (("net", ""), ("blk", "blk"), ("balloon", "balloon")):
     for path in pathlib.Path("/run/guestpv", place).glob("*.sock"):
@@ -154,16 +146,22 @@ for name, place in (("net", ""), ("blk", "blk"), ("balloon", "balloon")):
         if "pid" not in status:
             found[name] = {"error": str(status)}
             continue
-        pid = status["pid"]
-        words = dict(line.split(":", 1) for line in open(f"/proc/{pid}/status").read().splitlines())
-        status["process"] = {
-            "descriptors": len(os.listdir(f"/proc/{pid}/fd")),
-            "mappings": len(open(f"/proc/{pid}/maps").readlines()),
-            "resident_kib": int(words["VmRSS"].split()[0]),
-            "pinned_kib": int(words.get("VmPin", "0").split()[0]) + int(words["VmLck"].split()[0]),
-            "threads": threads(pid),
-        }
         status.pop("events", None)
         found[name] = status
+# Whoever asks is answered by a thread, which ends a moment later.
+time.sleep(0.5)
+for status in found.values():
+    if "pid" in status:
+        pid = status["pid"]
+        words = dict(line.split(":", 1) for line in open(f"/proc/{pid}/status").read().splitlines())
+        maps = open(f"/proc/{pid}/maps").readlines()
+        status["process"] = {
+            "descriptors": len(os.listdir(f"/proc/{pid}/fd")),
+            "mappings": len(maps),
+            "device_mappings": sum("vfio" in line for line in maps),
+            "resident_kib": int(words["VmRSS"].split()[0]),
+            "pinned_kib": int(words.get("VmPin", "0").split()[0]) + int(words["VmLck"].split()[0]),
+            "threads": int(words["Threads"]),
+        }
 print(json.dumps(found))
 '''

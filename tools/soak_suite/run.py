@@ -8,15 +8,15 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
-from guestvm import Machine, Process, network
+from guestvm import LabError, Machine, Process, network
 
-from . import programs
+from . import judge, programs
 
 MIB: Final = 1 << 20
 DISK: Final = 64 * MIB
@@ -32,10 +32,8 @@ SETTLED: Final = 0.4
 """The part of a soak after which services stay up: a process has to last if it is to be seen to grow."""
 EVENTS: Final = {"flap": 4, "resize": 3, "target": 3, "break": 3, "start over": 1}
 """How often one happens in comparison with others."""
-GROWTH: Final = {"descriptors": 0, "threads": 0, "mappings": 16, "resident_kib": 6144, "pinned_kib": 0}
-"""How much more than after warming up a process may hold at the end."""
-SLOWER: Final = 3.0
-"""The last quarter's median latency over that of the first, at most: the host has other work, too."""
+LOOKS: Final = 5
+"""How often what seems to have grown is looked at again: what is on its way goes, what leaked stays."""
 
 
 @dataclass
@@ -223,6 +221,10 @@ class Soak:
         """Status and holdings of each service."""
         result = self.vm.run(["python", "-"], stdin=programs.PROBE.encode(), timeout=ANSWER).check()
         found: dict[str, Any] = json.loads(result.stdout)
+        for service in SERVICES:
+            if "process" not in found.get(service, {}):
+                logs = self.vm.run("tail -n 20 /run/guestpv/*.log /run/guestpv/*/*.log").stdout
+                raise LabError(f"{service} does not answer: {found.get(service)}\n{logs}")
         return found
 
     def pinned(self) -> int:
@@ -243,8 +245,8 @@ class Soak:
         """The loads go on."""
         self.vm.run("rm -f /tmp/rest").check()
 
-    def book(self) -> dict[str, tuple[int, int]]:
-        """Counters at rest: ours, and QEMU's or the TAP's."""
+    def book(self) -> tuple[dict[str, tuple[int, int]], dict[str, Any]]:
+        """Counters at rest, ours and QEMU's or the TAP's; and what the services say."""
         before: Any = None
         while True:
             status = self.probe()
@@ -266,17 +268,25 @@ class Soak:
                 "bytes written": (blk["bytes_written"], stats["wr_bytes"]),
             }
             if now == before:
-                return now
+                return now, status
             before = now
+
+    def holdings(self) -> dict[str, Any]:
+        """What each process holds, at rest, where the loads stay."""
+        self.rest()
+        status = self.probe()
+        return {
+            service: {"pid": status[service]["pid"], **status[service]["process"]} for service in SERVICES
+        }
 
     def audit(self, seconds: float) -> None:
         """A while without bad luck: what both sides counted has to be the same."""
         self.rest()
-        first = self.book()
+        first, _ = self.book()
         self.go_on()
         time.sleep(seconds)
         self.rest()
-        last = self.book()
+        last, status = self.book()
         flying = self.vm.run("cat /sys/block/nbd0/inflight").check().stdout.split()
         self.go_on()
         if flying != ["0", "0"]:
@@ -286,7 +296,6 @@ class Soak:
             if ours != theirs:
                 self.outcome.problems.append(f"{name}: we counted {ours}, the host {theirs}")
             self.outcome.count(f"audited {name}", ours)
-        status = self.probe()
         for way, queue in ((way, queue) for queue in status["net"]["queues"] for way in ("rx", "tx")):
             most = queue["rx_size"] if way == "rx" else 1
             if queue[f"{way}_outstanding"] > most:
@@ -301,6 +310,11 @@ class Soak:
                 self.outcome.problems.append(
                     f"the load {name!r} ended with {load.status}: {load.stderr[-2000:]}"
                 )
+
+    def empty_balloon(self) -> None:
+        """Nothing in the balloon, so that its memory can be compared."""
+        self.vm.qmp("balloon", value=MEMORY * MIB)
+        self.balloon_agrees()
 
     def balloon_agrees(self) -> None:
         """The host sees what is in the balloon."""
@@ -321,17 +335,20 @@ def soak(
     say: Callable[[str], None] = print,
     seed: int = 1,
     verified: int = 8 * MIB,
+    events: Mapping[str, int] = EVENTS,
 ) -> Outcome:
     """Run one.
 
     Args:
-        minutes: how long, after booting; at least until all kinds of events had their turns.
+        minutes: how long, after booting; at least until all kinds of events had their turns. 0 is a short
+            one, which does not judge how fast anything was.
         kernel: series of the guest's kernel.
         packed: ring format of the devices; malformed rings are for split ones only.
         directory: for the disk's image.
         say: called with progress, in words.
         seed: of all random choices: what happens, when, and how much of it.
         verified: bytes that a verified run of the disk's load writes and reads.
+        events: how often each kind happens in comparison with others.
     """
     with ExitStack() as stack:
         one = Soak(stack, kernel, packed, directory, say, seed, verified)
@@ -347,16 +364,19 @@ def soak(
         started = time.monotonic()
         end, settled = started + 60 * minutes, started + 60 * minutes * SETTLED
         one.start_over()
-        one.audit(quiet)
+        if minutes:
+            one.audit(quiet)
         audited = time.monotonic()
         baseline: dict[str, Any] = {}
-        turns = len(cards(doings))
-        while (now := time.monotonic()) < end or turns > 0:
+        turns = len(cards(doings, events))
+        while (now := time.monotonic()) < end or turns > 0 or not baseline:
             if not baseline and now > settled:
-                baseline = holdings(one)
+                one.empty_balloon()
+                baseline = one.holdings()
+                one.go_on()
                 del doings["start over"]
-                turns = len(cards(doings))
-            doings[one.deal(*cards(doings))]()
+                turns = len(cards(doings, events))
+            doings[one.deal(*cards(doings, events))]()
             turns -= 1
             time.sleep(choose.uniform(0.2, 2.5))
             look(one, say)
@@ -367,24 +387,15 @@ def soak(
             one.loads_live()
             if outcome.problems:
                 return outcome
-        one.vm.qmp("balloon", value=MEMORY * MIB)
-        one.balloon_agrees()
+        one.empty_balloon()
         one.audit(quiet)
-        finish(one, baseline, started)
+        finish(one, baseline, started, timed=minutes > 0)
         return outcome
 
 
-def cards(doings: Iterable[str]) -> list[str]:
+def cards(doings: Iterable[str], events: Mapping[str, int]) -> list[str]:
     """Each kind of event as often as it comes in comparison with others."""
-    return [name for name in doings for _ in range(EVENTS[name])]
-
-
-def holdings(one: Soak) -> dict[str, Any]:
-    """What each process holds, at rest."""
-    one.rest()
-    status = one.probe()
-    one.go_on()
-    return {service: {"pid": status[service]["pid"], **status[service]["process"]} for service in SERVICES}
+    return [name for name in doings for _ in range(events[name])]
 
 
 def look(one: Soak, say: Callable[[str], None]) -> None:
@@ -396,42 +407,34 @@ def look(one: Soak, say: Callable[[str], None]) -> None:
     one.outcome.count("looks")
 
 
-def finish(one: Soak, baseline: dict[str, Any], started: float) -> None:
+def finish(one: Soak, baseline: dict[str, Any], started: float, timed: bool) -> None:
     """Judge, and take everything down."""
     outcome = one.outcome
-    last, status = holdings(one), one.probe()
-    for service in SERVICES:
-        before, after = baseline.get(service), last[service]
-        outcome.processes[service] = {"warm": before, "end": after}
-        if before is None:
-            continue
-        if before["pid"] != after["pid"]:
-            outcome.problems.append(f"{service} is another process")
-        for name, most in GROWTH.items():
-            # Pinned memory of a balloon is what it holds, and it holds nothing now.
-            if after[name] - before[name] > most:
-                outcome.problems.append(f"{service}: {name} grew from {before[name]} to {after[name]}")
-    outcome.count("disk errors", status["blk"]["errors"])
-    outcome.count("disk requests done once more", status["blk"]["resubmitted"])
-    if status["blk"]["errors"]:
-        outcome.problems.append(f"{status['blk']['errors']} disk requests failed")
+    for _ in range(LOOKS):
+        last = one.holdings()
+        grown = judge.grown(baseline, last)
+        if not grown:
+            break
+    outcome.problems += grown
+    outcome.processes = {service: {"warm": baseline[service], "end": last[service]} for service in SERVICES}
+    blk = one.probe()["blk"]
+    outcome.count("disk errors", blk["errors"])
+    outcome.count("disk requests done once more", blk["resubmitted"])
+    if blk["errors"]:
+        outcome.problems.append(f"{blk['errors']} disk requests failed")
     for name, lines in one.lines.items():
-        values = [line["ms"] for line in lines if line.get("ms") is not None]
         if any("changed" in line or "failed" in line for line in lines):
             outcome.problems.append(f"{name}: what came back was not what went out")
-        quarter = max(1, len(values) // 4)
-        parts = [values[at : at + quarter] for at in range(0, 4 * quarter, quarter)]
-        outcome.latencies[name] = [round(statistics.median(part), 3) for part in parts if part]
-        medians = outcome.latencies[name]
-        if len(values) >= 40 and medians[3] > SLOWER * medians[0]:
-            outcome.problems.append(f"{name}: latency went from {medians[0]} to {medians[3]} ms")
+        values = [line["ms"] for line in lines if line.get("ms") is not None]
+        outcome.latencies[name] = judge.quarters(values)
+        if timed:
+            outcome.problems += judge.slower(name, values)
     talk = one.lines["talk"]
     outcome.count("echoes", max((line.get("rounds", 0) for line in talk), default=0))
     outcome.count("connections lost", sum("lost" in line for line in talk))
     outcome.count("verified disk runs", sum("verified" in line for line in one.lines["disk"]))
     if not outcome.events["echoes"] or not outcome.events["verified disk runs"]:
         outcome.problems.append("a load did nothing")
-    one.rest()
     for service in SERVICES:
         one.vm.run(f"guestpv {service} down", timeout=ANSWER).check()
     for service in SERVICES:
