@@ -10,7 +10,6 @@
 enum {
     LOOK_NS = 20000,
     LEAST_SPIN_NS = 10000,
-    SHARE = 2,
 };
 
 static int64_t now_ns(void)
@@ -21,13 +20,20 @@ static int64_t now_ns(void)
 }
 
 /* A client that keeps 32 requests open brings them one by one, as answers reach it; told of each, the device would be
- * notified 32 times. So half of what it keeps open is gathered. The device does not know of it until then (2.7.13, 2.8),
- * so nothing lacks its notification. Who keeps two open or fewer never waits, nor does anybody for a flush. */
+ * notified 32 times. So some are gathered. The device does not know of them until then (2.7.13, 2.8), so nothing lacks its
+ * notification. A device that has less than half of them waits for the client anyway, and gets half of them at once. One
+ * that has more is what the client waits for: only an eighth is kept from it. */
+static uint32_t enough(const struct gpv_nbd *e)
+{
+    uint32_t with_device = e->busy > e->added ? e->busy - e->added : 0;
+    return with_device * 2 < e->depth ? (e->depth + 1) / 2 : e->depth / 8;
+}
+
 int gpv_nbd_gather(struct gpv_nbd *e)
 {
     if (e->busy > e->depth)
         e->depth = e->busy;
-    return e->added && e->added * SHARE < e->depth && !e->urgent && !e->blocked && !e->ending;
+    return e->added && e->added < enough(e) && !e->urgent && !e->blocked && !e->ending;
 }
 
 /* Looks for completions, and now and then for requests, before sleeping: to go to sleep and be woken costs a virtual

@@ -244,39 +244,51 @@ def finish(bench: Bench, hoard: Hoard, number: int) -> None:
 
 
 @pytest.mark.parametrize("packed", ["off", "on"])
-def test_what_a_busy_client_asks_for_is_gathered_to_a_half(make: Make, packed: str) -> None:
+def test_an_idle_device_gets_half_of_a_clients_requests_at_once(make: Make, packed: str) -> None:
     bench, hoard = busy(make, 8, packed=packed)
-    trickle(bench, 7)
-    assert (len(hoard), bench.export.counters()["kicks"]) == (8, 1)
+    finish(bench, hoard, 8)
+    hoard, kicks = Hoard(bench.model), bench.export.counters()["kicks"]
+    trickle(bench, 3)
+    assert (len(hoard), bench.export.counters()["kicks"]) == (0, kicks)
     trickle(bench, 1)
-    until(partial(holds, hoard, 16))
-    assert bench.export.counters()["kicks"] <= 2
-    finish(bench, hoard, 16)
+    until(partial(holds, hoard, 4))
+    assert bench.export.counters()["kicks"] <= kicks + 1
+    finish(bench, hoard, 4)
+
+
+def test_from_a_busy_device_an_eighth_is_kept_at_most(make: Make) -> None:
+    bench, hoard = busy(make, 24)
+    trickle(bench, 2)
+    assert (len(hoard), bench.export.counters()["kicks"]) == (24, 1)
+    trickle(bench, 1)
+    until(partial(holds, hoard, 27))
+    finish(bench, hoard, 27)
+
+
+def test_of_few_none_waits_for_a_busy_device(make: Make) -> None:
+    bench, hoard = busy(make, 1)
+    for number in range(2, 9):
+        trickle(bench, 1)
+        until(partial(holds, hoard, number))
+    finish(bench, hoard, 8)
 
 
 @pytest.mark.parametrize("spin_us", [0, 20_000])
 def test_gathering_ends_when_nothing_more_comes(make: Make, spin_us: int) -> None:
-    bench, hoard = busy(make, 8, spin_us)
-    for number in range(9, 12):
+    bench, hoard = busy(make, 24, spin_us)
+    for number in range(25, 28):
         trickle(bench, 1)
         until(partial(holds, hoard, number))
-    finish(bench, hoard, 11)
+    finish(bench, hoard, 27)
     for number in range(5):
         assert bench.client.call(wire.CMD_WRITE, 4096 * number, bytes(4096)) == (0, b"")
 
 
-def test_of_two_none_waits(make: Make) -> None:
-    bench, hoard = busy(make, 1)
-    trickle(bench, 1)
-    until(partial(holds, hoard, 2))
-    finish(bench, hoard, 2)
-
-
-@pytest.mark.parametrize(("command", "reach"), [(wire.CMD_FLUSH, 11), (wire.CMD_DISC, 10)])
+@pytest.mark.parametrize(("command", "reach"), [(wire.CMD_FLUSH, 27), (wire.CMD_DISC, 26)])
 def test_a_flush_and_a_goodbye_take_with_them_what_was_gathered(make: Make, command: int, reach: int) -> None:
-    bench, hoard = busy(make, 8)
+    bench, hoard = busy(make, 24)
     trickle(bench, 2)
-    assert len(hoard) == 8
+    assert len(hoard) == 24
     bench.client.ask(command)
     until(partial(holds, hoard, reach))
     finish(bench, hoard, reach)
@@ -292,14 +304,14 @@ def test_nothing_is_gathered_when_there_is_no_room_for_more(make: Make) -> None:
 
 
 def test_what_was_gathered_outlives_a_restart(make: Make) -> None:
-    bench, hoard = busy(make, 8)
+    bench, hoard = busy(make, 24)
     trickle(bench, 2)
     bench.export.pause()
     bench.blk.restart(settle=False)
     hoard.forget()
     bench.export.resume()
-    finish(bench, hoard, 10)
-    assert bench.export.counters()["resubmitted"] == 10
+    finish(bench, hoard, 26)
+    assert bench.export.counters()["resubmitted"] == 26
 
 
 def test_fua_is_a_write_and_a_flush(make: Make) -> None:
