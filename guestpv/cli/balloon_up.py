@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import re
-import sys
-from contextlib import ExitStack
 from typing import Any
 
 import click
@@ -14,6 +12,7 @@ from .completion import complete_address
 from .report import Report, reporting
 from .restarts import option as restart_option
 from .vfio_option import VFIO_BACKEND
+from .views import bring_up
 
 EXAMPLE = """\b
 Examples:
@@ -86,7 +85,7 @@ def up(
     Without SPEC it takes the balloon, if there is exactly one that can be driven.
     """
     from .balloon_session import BalloonSession, Wishes
-    from .driven import detach as run_detached
+    from .balloon_view import BalloonLine, describe
     from .kinds import BALLOON
 
     if rate < 4096:
@@ -100,49 +99,13 @@ def up(
         restart=restart,
         vfio_backend=vfio_backend,
     )
-    if detach:
-
-        def is_up(data: dict[str, Any]) -> None:
-            report.done(data, lambda: show(data, f"Up in the background, process {data['pid']}."))
-
-        run_detached(BALLOON, BalloonSession, wishes, report, is_up)
-    else:
-        in_foreground(BalloonSession, wishes, report)
-
-
-def in_foreground(session_type: Any, wishes: Any, report: Report) -> None:
-    """Run a session that a person or a program watches."""
-    from .balloon_view import BalloonLine
-
-    with ExitStack() as stack:
-        live: BalloonLine | None = None
-
-        def tell(event: str) -> None:
-            if report.as_json:
-                report.event(event)
-            elif live is not None:
-                live.say(event)
-            else:
-                report.say(event)
-
-        def ready(status: dict[str, Any]) -> None:
-            nonlocal live
-            report.done(status, lambda: show(status, "Up. Ctrl-C takes all memory back."))
-            if sys.stdout.isatty() and not report.as_json:
-                live = stack.enter_context(BalloonLine())
-
-        def refresh(status: dict[str, Any]) -> None:
-            if live is not None:
-                live.update(status)
-
-        session_type(wishes, tell).run(ready, refresh)
-
-
-def show(status: dict[str, Any], closing: str) -> None:
-    """What is up, for a person."""
-    from .balloon_view import describe
-    from .tables import console, pairs
-
-    out = console()
-    out.print(pairs(describe(status)))
-    out.print(closing)
+    bring_up(
+        BALLOON,
+        BalloonSession,
+        wishes,
+        report,
+        detach=detach,
+        describe=describe,
+        ending="Ctrl-C takes all memory back.",
+        line=lambda status: BalloonLine(),
+    )

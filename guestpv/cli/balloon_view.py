@@ -7,6 +7,7 @@ from typing import Any, Self
 
 from ..drivers.balloon_queues import QUIRKS
 from .counters import amount
+from .views import function_rows
 
 PAGE = 4096
 
@@ -37,8 +38,7 @@ def describe(status: dict[str, Any]) -> list[tuple[str, str]]:
     quirk = QUIRKS[status["numbering"]]
     numbering = f" (quirk: {quirk})" if quirk else ""
     rows = [
-        ("device", f"{status['function']}, interrupts: {status['mode']}{numbering}"),
-        ("features", " ".join(status["features"])),
+        *function_rows(status, numbering),
         (
             "balloon",
             f"{size(status['pages'])} of {size(status['target_pages'])} wanted; "
@@ -56,10 +56,6 @@ def describe(status: dict[str, Any]) -> list[tuple[str, str]]:
             f"{amount(memory['keep_free_bytes'], 'B', 1024)} stay free",
         ),
     ]
-    if status["stays_bound"]:
-        rows.insert(
-            1, ("", f"was bound to vfio-pci before, and stays so (guestpv unbind {status['function']})")
-        )
     if status["held"]:
         rows.append(("held", status["held"]))
     return rows

@@ -10,6 +10,7 @@ from .completion import complete_address
 from .report import Report, reporting
 from .restarts import option as restart_option
 from .vfio_option import VFIO_BACKEND
+from .views import bring_up, function_rows
 
 EXAMPLE = """\b
 Examples:
@@ -61,7 +62,6 @@ def up(
     system or a database relies on holds here as it does with the kernel's driver.
     """
     from .blk_session import BlkSession, Wishes
-    from .driven import detach as run_detached
     from .kinds import BLK
 
     wishes = Wishes(
@@ -74,33 +74,15 @@ def up(
         restart=restart,
         vfio_backend=vfio_backend,
     )
-    if detach:
-
-        def is_up(data: dict[str, Any]) -> None:
-            report.done(data, lambda: show(data, f"Up in the background, process {data['pid']}."))
-
-        run_detached(BLK, BlkSession, wishes, report, is_up)
-        return
-
-    def ready(status: dict[str, Any]) -> None:
-        report.done(status, lambda: show(status, "Up. Ctrl-C gives the function back."))
-
-    def tell(event: str) -> None:
-        if report.as_json:
-            report.event(event)
-        else:
-            report.say(event)
-
-    BlkSession(wishes, tell).run(ready, lambda status: None)
-
-
-def show(status: dict[str, Any], closing: str) -> None:
-    """What is up, for a person."""
-    from .tables import console, pairs
-
-    out = console()
-    out.print(pairs(describe(status)))
-    out.print(closing)
+    bring_up(
+        BLK,
+        BlkSession,
+        wishes,
+        report,
+        detach=detach,
+        describe=describe,
+        ending="Ctrl-C gives the function back.",
+    )
 
 
 def describe(status: dict[str, Any]) -> list[tuple[str, str]]:
@@ -109,14 +91,8 @@ def describe(status: dict[str, Any]) -> list[tuple[str, str]]:
 
     cache = "read-only" if status["read_only"] else f"{status['cache']} cache"
     size = amount(status["capacity"], "B", 1024)
-    rows = [
-        ("device", f"{status['function']}, interrupts: {status['mode']}"),
-        ("features", " ".join(status["features"])),
+    return [
+        *function_rows(status),
         ("disk", f"{status['path']}, {size}, blocks of {status['block_size']} bytes, {cache}"),
         ("connections", str(status["connections"])),
     ]
-    if status["stays_bound"]:
-        rows.insert(
-            1, ("", f"was bound to vfio-pci before, and stays so (guestpv unbind {status['function']})")
-        )
-    return rows

@@ -27,7 +27,8 @@ def up_together(wishes: Sequence[Wishes], report: Report, detach: bool) -> None:
     Raises:
         GuestpvError: one of them did not come up, and all are down again; or one ended by itself.
     """
-    from .net_up import show
+    from .net_up import describe
+    from .views import show
 
     up: list[dict[str, Any]] = []
     try:
@@ -39,7 +40,7 @@ def up_together(wishes: Sequence[Wishes], report: Report, detach: bool) -> None:
 
     def human() -> None:
         for status in up:
-            show(status, f"Up in process {status['pid']}.")
+            show(describe(status), f"Up in process {status['pid']}.")
         if not detach:
             report.say("Ctrl-C gives all of them back.")
 

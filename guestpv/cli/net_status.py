@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import time
+from collections.abc import Iterator
 from typing import Any
 
 import click
 
 from .report import Report, reporting
+from .views import show_all
 
 EXAMPLE = """\b
 Examples:
@@ -25,42 +26,22 @@ def status(report: Report, name: str | None) -> None:
     rx counts from the device to the link, tx the other way; kicks are doorbells rung.
     """
     from .kinds import NET
+    from .net_up import describe
 
     found = [endpoint.status for endpoint in NET.find(name)]
-    report.done(found, lambda: show(found, report.verbose))
+    report.done(found, lambda: show_all(NET, found, describe, report.verbose, tables))
 
 
-def show(found: list[dict[str, Any]], verbose: int) -> None:
-    """For a person."""
-    from .net_up import describe
-    from .restarts import row
-    from .tables import console, indented, pairs
-
-    out = console()
-    if not found:
-        out.print("Nothing is up. (guestpv net up)")
-    for number, data in enumerate(found):
-        if number:
-            out.print()
-        if "error" in data:
-            out.print(f"error: {data['error']}")
-            continue
-        minutes, seconds = divmod(int(time.time() - data["started"]), 60)
-        rows = describe(data)
-        rows += [*row(data), ("process", f"{data['pid']}, for {minutes} min {seconds} s")]
-        out.print(pairs(rows))
-        out.print(counters("", data["rx"], data["tx"]))
-        if verbose:
-            for index, queue in enumerate(data["queues"]):
-                ways = [
-                    {key[3:]: value for key, value in queue.items() if key.startswith(w)}
-                    for w in ("rx", "tx")
-                ]
-                out.print(counters(f"pair {index} ", *ways))
-            out.print("events")
-            for event in data["events"]:
-                when = time.strftime("%F %T", time.localtime(event["time"]))
-                out.print(indented(f"{when} {event['event']}"))
+def tables(data: dict[str, Any], verbose: int) -> Iterator[Any]:
+    """What crossed the link, and for whoever asks for more each queue pair."""
+    yield counters("", data["rx"], data["tx"])
+    if verbose:
+        for index, queue in enumerate(data["queues"]):
+            ways = [
+                {key[3:]: value for key, value in queue.items() if key.startswith(way)}
+                for way in ("rx", "tx")
+            ]
+            yield counters(f"pair {index} ", *ways)
 
 
 def counters(prefix: str, rx: dict[str, int], tx: dict[str, int]) -> Any:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-from contextlib import ExitStack
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -14,10 +12,10 @@ from .completion import complete_address
 from .report import Report, reporting
 from .restarts import option as restart_option
 from .vfio_option import VFIO_BACKEND
+from .views import bring_up, function_rows
 
 if TYPE_CHECKING:
     from ..drivers.net_control import Rss
-    from .session import Session
 
 EXAMPLE = """\b
 Examples:
@@ -83,7 +81,7 @@ def up(
     come up or none; each has a process of its own.
     """
     from ..services.addressing import static
-    from .driven import detach as run_detached
+    from .counters import Counters
     from .kinds import NET
     from .session import Session, Wishes
 
@@ -114,14 +112,16 @@ def up(
 
         up_together([replace(wanted, spec=spec) for spec in specs], report, detach)
         return
-    if detach:
-
-        def is_up(data: dict[str, Any]) -> None:
-            report.done(data, lambda: show(data, f"Up in the background, process {data['pid']}."))
-
-        run_detached(NET, Session, wanted, report, is_up)
-    else:
-        in_foreground(Session, wanted, report)
+    bring_up(
+        NET,
+        Session,
+        wanted,
+        report,
+        detach=detach,
+        describe=describe,
+        ending="Ctrl-C gives the function back.",
+        line=Counters,
+    )
 
 
 def steering(key: str, table: str | None, queues: int) -> Rss:
@@ -140,55 +140,13 @@ def steering(key: str, table: str | None, queues: int) -> Rss:
     return Rss(toeplitz, numbers) if numbers else Rss.even(toeplitz, queues)
 
 
-def in_foreground(session_type: type[Session], wishes: Any, report: Report) -> None:
-    """Run a session that a person or a program watches."""
-    from .counters import Counters
-
-    with ExitStack() as stack:
-        live: Counters | None = None
-
-        def tell(event: str) -> None:
-            if report.as_json:
-                report.event(event)
-            elif live is not None:
-                live.say(event)
-            else:
-                report.say(event)
-
-        def ready(status: dict[str, Any]) -> None:
-            nonlocal live
-            report.done(status, lambda: show(status, "Up. Ctrl-C gives the function back."))
-            if sys.stdout.isatty() and not report.as_json:
-                live = stack.enter_context(Counters(status))
-
-        def refresh(status: dict[str, Any]) -> None:
-            if live is not None:
-                live.update(status)
-
-        session_type(wishes, tell).run(ready, refresh)
-
-
-def show(status: dict[str, Any], closing: str) -> None:
-    """What is up, for a person."""
-    from .tables import console, pairs
-
-    out = console()
-    out.print(pairs(describe(status)))
-    out.print(closing)
-
-
 def describe(status: dict[str, Any]) -> list[tuple[str, str]]:
     """What is up, as names and values."""
     address = status["address"]
     rows = [
-        ("device", f"{status['function']}, interrupts: {status['mode']}"),
-        ("features", " ".join(status["features"])),
+        *function_rows(status),
         ("link", f"{status['name']}, MAC {status['mac']}, MTU {status['mtu']}, carrier {status['link']}"),
     ]
-    if status["stays_bound"]:
-        rows.insert(
-            1, ("", f"was bound to vfio-pci before, and stays so (guestpv unbind {status['function']})")
-        )
     if address is None:
         return [*rows, ("address", "none")]
     lease = ""
