@@ -248,7 +248,7 @@ def detach(
 ) -> None:
     """Bring it up in a process of its own; ``up`` gets its status.
 
-    What it risks is told here and in its log: nobody sees what the library says of it there.
+    What it risks is told here and in its log: nobody sees what is said there before there is one.
 
     Raises:
         Detached: it failed; nothing runs in the background.

@@ -8,14 +8,17 @@ import json
 import logging
 import sys
 import traceback
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Final
 
 import click
 
 from ..errors import AccessDenied, GuestpvError, UsageError
 
 Human = Callable[[], None]
+DANGERS: Final = "guestpv.vfio.noiommu"
+"""The logger whose warnings people see without asking for the log."""
 
 
 def schema_of(context: click.Context | None) -> str:
@@ -115,6 +118,29 @@ def from_click(error: click.ClickException) -> UsageError:
     return UsageError(error.format_message(), hint=hint)
 
 
+class _Dangers(logging.Handler):
+    """Passes on what the library warns of."""
+
+    def __init__(self, report: Report) -> None:
+        super().__init__(logging.WARNING)
+        self._report = report
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._report.warn(record.getMessage())
+
+
+@contextmanager
+def _dangers_told(report: Report) -> Iterator[None]:
+    """Every verb tells what no-IOMMU mode risks; -vv shows the whole log anyway."""
+    log, handler = logging.getLogger(DANGERS), _Dangers(report)
+    if report.verbose <= 1:
+        log.addHandler(handler)
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
+
+
 def reporting(function: Callable[..., None]) -> Callable[..., None]:
     """Give a verb ``--json`` and ``-v``, a Report as its first argument, and the common end of errors."""
 
@@ -132,7 +158,8 @@ def reporting(function: Callable[..., None]) -> Callable[..., None]:
         if verbose > 1:
             logging.basicConfig(level=logging.DEBUG, format="%(levelname)s %(name)s: %(message)s")
         try:
-            function(report, *args, **values)
+            with _dangers_told(report):
+                function(report, *args, **values)
         except (click.ClickException, click.exceptions.Exit, click.Abort, BrokenPipeError):
             raise
         except Exception as problem:

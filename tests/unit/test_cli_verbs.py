@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,7 +19,7 @@ from guestpv.cli.main import main
 from guestpv.errors import GuestpvError, TimeLimit
 from guestpv.services import control
 from guestpv.services.control import Endpoint
-from guestpv.vfio import binding, survey
+from guestpv.vfio import binding, noiommu, survey
 from guestpv.vfio.ways import RISK
 
 from .fake_kernel import FakeKernel
@@ -459,6 +460,25 @@ def test_what_no_iommu_mode_risks_is_said_where_somebody_looks(
     assert done.stderr == f"warning: {RISK}\n"
     assert json.loads(done.stdout)["data"]["name"] == "pv0"
     assert (tmp_path / "run" / "pv0.log").read_text().count(f"WARNING: {RISK}\n") == 1
+
+
+@pytest.mark.parametrize("words", [[], ["-v"], ["-vv"], ["--json"]])
+def test_what_the_library_warns_of_is_told_once_in_the_foreground(
+    session: type[FakeSession], monkeypatch: pytest.MonkeyPatch, words: list[str]
+) -> None:
+    plain = session.run
+
+    def risky(self: FakeSession, ready: Any, refresh: Any) -> None:
+        noiommu.LOG.warning("%s: %s", "/dev/vfio/noiommu-0", RISK)
+        plain(self, ready, refresh)
+
+    monkeypatch.setattr(session, "run", risky)
+    monkeypatch.setattr(logging, "basicConfig", lambda **_: None)
+    told = f"warning: /dev/vfio/noiommu-0: {RISK}\n"
+    for _ in range(2):
+        done = run("net", "up", NET, *words)
+        assert done.exit_code == 0
+        assert done.stderr == ("" if words == ["-vv"] else told)
 
 
 # Counters.
