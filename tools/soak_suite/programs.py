@@ -6,12 +6,13 @@ from typing import Final
 
 BREAKABLE: Final = '''
 """guestpv, whose device is broken by SIGUSR1 (a ring that cannot be) and reset behind its back by SIGUSR2."""
-import gc, signal
+import gc, pathlib, signal, time
 from guestpv.cli import restarts
 from guestpv.transport.pci import PciTransport
 
 def break_it(number, frame):
     for transport in [one for one in gc.get_objects() if isinstance(one, PciTransport) and one.queues]:
+        pathlib.Path("/tmp/broken").write_text(str(time.monotonic()))
         if number == signal.SIGUSR2:
             transport.common.write("device_status", 0)
             continue
@@ -42,21 +43,25 @@ place = pathlib.Path("/run/guestpv", "" if service == "net" else service)
 (path,) = [path for path in place.glob("*.sock") if not path.name.endswith(".capture.sock")]
 log, pid = path.with_suffix(".log"), ask(path, "status", 120)["pid"]
 said = len(log.read_text())
+broken = pathlib.Path("/tmp/broken")
+broken.unlink(missing_ok=True)
 os.kill(pid, number)
 begun, seen = time.monotonic(), None
 # Those that rest go on while the device is broken.
 pathlib.Path("/tmp/rest").unlink(missing_ok=True)
 while True:
-    now, new = time.monotonic() - begun, log.read_text()[said:]
+    now, new = time.monotonic(), log.read_text()[said:]
     if seen is None and " restart " in new:
         seen = now
     if "the device was reset and goes on" in new:
         break
-    if now > 200:
+    if now - begun > 200:
         sys.exit(f"{service} was not restarted; it said: {new}")
     time.sleep(0.02)
 status = ask(path, "status", 120)
-print(json.dumps({"seen": seen, "mended": now, "reason": status["restarts"]["reason"]}))
+# It takes a moment from the signal to the break.
+begun = float(broken.read_text())
+print(json.dumps({"seen": seen - begun, "mended": now - begun, "reason": status["restarts"]["reason"]}))
 '''
 
 ECHO: Final = '''

@@ -200,6 +200,7 @@ class Soak:
             self._took.setdefault(what, []).append(mended[what])
             took = self._took[what]
             self.outcome.restarted[what] = [round(statistics.median(took), 3), round(max(took), 3)]
+        self.outcome.count("breaks seen within a second", int(mended["seen"] < 1))
         self.outcome.count(f"{service}: {'malformed rings' if malformed else 'resets from outside'}")
         reason = mended["reason"]
         self.outcome.reasons[reason] = self.outcome.reasons.get(reason, 0) + 1
