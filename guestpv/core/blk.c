@@ -1,21 +1,14 @@
 #include "blk.h"
+#include "clock.h"
 
 #include "again.h"
 #include "barrier.h"
 
-#include <time.h>
 
 enum { BATCH = 256, DEEP = 16, POLLING_MOST = 1 << 16, SLEEPING_MOST = 512 };
 
 /* Who spins for so long does not mean to sleep. */
 enum { LONG_SPIN = 1000000 };
-
-static uint64_t now_ns(void)
-{
-    struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return (uint64_t)t.tv_sec * 1000000000u + (uint64_t)t.tv_nsec;
-}
 
 static void put_le(uint8_t *to, uint64_t value, int bytes)
 {
@@ -30,7 +23,7 @@ static void put_le(uint8_t *to, uint64_t value, int bytes)
 static int32_t fill(struct gpv_blk_burst *b)
 {
     int32_t added = 0;
-    uint64_t start = b->latencies && b->next < b->count ? now_ns() : 0;
+    uint64_t start = b->latencies && b->next < b->count ? (uint64_t)now_ns() : 0;
     while (b->flying < b->depth && b->next < b->count) {
         uint32_t slot = b->free_slots[b->depth - b->flying - 1];
         uint64_t data = b->data_bus[b->data_per_slot ? slot : b->next];
@@ -88,7 +81,7 @@ static int32_t reap(struct gpv_blk_burst *b)
     uint32_t lengths[BATCH];
     uint64_t cookies[BATCH];
     int32_t got = gpv_reap(b->queue, NULL, lengths, cookies, BATCH);
-    uint64_t end = b->latencies && got > 0 ? now_ns() : 0;
+    uint64_t end = b->latencies && got > 0 ? (uint64_t)now_ns() : 0;
     for (int32_t i = 0; i < got; i++) {
         uint32_t slot = (uint32_t)cookies[i], request = (uint32_t)(cookies[i] >> 32);
         uint8_t status = b->done[slot];

@@ -3,6 +3,7 @@
 #ifndef GPV_NBD_INSIDE_H
 #define GPV_NBD_INSIDE_H
 #include <stddef.h>
+#include "count.h"
 #include "nbd.h"
 
 enum {
@@ -57,12 +58,6 @@ struct gpv_nbd {
     uint32_t have, used;    /* of `input`: filled, and consumed from its start */
     uint8_t input[INPUT];
 };
-
-static inline void count(uint64_t *counter, uint64_t by)
-{
-    /* One writer; the store is atomic so that a reader in another thread never sees half of it. */
-    __atomic_store_n(counter, *counter + by, __ATOMIC_RELAXED);
-}
 
 static inline uint8_t *data_of(const struct gpv_nbd *e, uint32_t slot)
 {

@@ -1,23 +1,16 @@
 /* What waits for what in the NBD export: requests for others before the device is told, and the thread for either side. */
 #define _GNU_SOURCE
 #include "nbd_inside.h"
+#include "clock.h"
 
 #include <errno.h>
 #include <poll.h>
-#include <time.h>
 #include <unistd.h>
 
 enum {
     LOOK_NS = 20000,
     LEAST_SPIN_NS = 10000,
 };
-
-static int64_t now_ns(void)
-{
-    struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return (int64_t)t.tv_sec * 1000000000 + t.tv_nsec;
-}
 
 /* A client that keeps 32 requests open brings them one by one, as answers reach it; told of each, the device would be
  * notified 32 times. So some are gathered. The device does not know of them until then (2.7.13, 2.8), so nothing lacks its

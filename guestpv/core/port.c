@@ -1,8 +1,9 @@
 #include "port.h"
+#include "clock.h"
+#include "count.h"
 
 #include <stdlib.h>
 #include <string.h>
-#include <time.h>
 
 enum {
     HDR_F_RSC_INFO = 4,
@@ -27,20 +28,6 @@ struct gpv_port {
     struct gpv_queue *const *siblings;
     uint32_t sibling_count;
 };
-
-static void count(uint64_t *counter, uint64_t by)
-{
-    /* One writer; the store is atomic so that a reader in another thread never sees half of it. */
-    __atomic_store_n(counter, *counter + by, __ATOMIC_RELAXED);
-}
-
-static int64_t now_ms(void)
-{
-    struct timespec t;
-
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return (int64_t)t.tv_sec * 1000 + t.tv_nsec / 1000000;
-}
 
 static uint8_t *at(const struct gpv_buffers *buffers, uint32_t number)
 {

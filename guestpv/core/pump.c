@@ -1,4 +1,6 @@
 #include "pump.h"
+#include "clock.h"
+#include "count.h"
 #include "frame.h"
 
 #include <errno.h>
@@ -27,20 +29,6 @@ struct gpv_pump {
     int32_t capture_next; /* what capture_fd is to become: left by another thread, NO_NEWS once taken */
     int32_t capture_fd;   /* the pump's thread's own, -1: nobody captures */
 };
-
-static void count(uint64_t *counter, uint64_t by)
-{
-    /* One writer; the store is atomic so that a reader in another thread never sees half of it. */
-    __atomic_store_n(counter, *counter + by, __ATOMIC_RELAXED);
-}
-
-static int64_t now_ms(void)
-{
-    struct timespec t;
-
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return (int64_t)t.tv_sec * 1000 + t.tv_nsec / 1000000;
-}
 
 struct gpv_pump *gpv_pump_new(const struct gpv_pump_config *config)
 {

@@ -1,20 +1,13 @@
 /* Waiting for used buffers: spin first, then sleep, and lose no wake-up between the two. */
 #define _GNU_SOURCE /* ppoll */
 #include "ring.h"
+#include "clock.h"
 
 #include <poll.h>
 #include <time.h>
 #include <unistd.h>
 
 #define NAP_NS 50000 /* between looks at a queue that has no eventfd */
-
-static int64_t now_ns(void)
-{
-    struct timespec t;
-
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return (int64_t)t.tv_sec * 1000000000 + t.tv_nsec;
-}
 
 static struct timespec span(int64_t ns)
 {
