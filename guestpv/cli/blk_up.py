@@ -55,8 +55,8 @@ def up(
     """Drive the disk SPEC as a block device of this machine, /dev/nbdN.
 
     Takes the function from the kernel's driver if it has to, and serves the kernel's network block device
-    until Ctrl-C, SIGTERM or `guestpv blk down`; while it is mounted these wait. Then what the kernel has in
-    memory is written, flushed, and the kernel gets the function back.
+    until Ctrl-C, SIGTERM or `guestpv blk down`. While it is mounted the first two wait, and the third
+    refuses. Then what the kernel has in memory is written, flushed, and the kernel gets the function back.
 
     A flush, and a write with FUA, is answered when the device has answered a flush of its own: what a file
     system or a database relies on holds here as it does with the kernel's driver.
