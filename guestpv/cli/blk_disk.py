@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,30 +31,6 @@ _SPEC = re.compile(
 )
 
 Bytes = NDArray[np.uint8]
-
-
-class Content(Protocol):
-    """Something with bytes in it: a disk, a file, a stream.
-
-    Attributes:
-        name: for messages.
-        size: bytes, None where nobody knows.
-    """
-
-    name: str
-    size: int | None
-
-    def read(self, offset: int, length: int) -> Bytes:
-        """Up to ``length`` bytes; fewer only at the end."""
-
-    def write(self, offset: int, data: Bytes) -> None:
-        """Store ``data``."""
-
-    def zero(self, offset: int, length: int) -> None:
-        """Make a range read as zeroes, without storing them if that is possible."""
-
-    def finish(self, end: int) -> None:
-        """Everything up to ``end`` was written: make it last."""
 
 
 def is_spec(text: str) -> bool:

@@ -395,18 +395,6 @@ class SoftwareFunction:
             os.close(fd)
         self._own_fds = []
 
-    # DMA for a driver behind a socket.
-
-    def dma_map(self, address: int, memory: memoryview, writable: bool = True) -> None:
-        """Let the device see ``memory`` at a bus address."""
-        with self.executor:
-            self.dma.add(address, memory, writable)
-
-    def dma_unmap(self, address: int, length: int) -> None:
-        """Take memory away. A queue that has its rings there stops."""
-        with self.executor:
-            self.dma.remove(address, length)
-
     def _memory_gone(self, address: int, length: int) -> None:
         """The driver took memory away: what is exposed in a live queue must not be in it (3.3.1)."""
         with self.executor:

@@ -129,11 +129,6 @@ class Interrupts:
         self._intx_masked = False
         self._signal_intx()
 
-    @property
-    def intx_level(self) -> bool:
-        """Whether INTx is asserted."""
-        return self._intx_level
-
     def _signal_intx(self) -> None:
         if self._intx_level and not self._intx_masked and self._intx_fd >= 0:
             self._intx_masked = True

@@ -60,7 +60,6 @@ class Follower:
         self._rows: dict[int, Row] = {}
         self._table: dict[int, Row] = {}
         self._looks = 0
-        self._fence = ""
 
     def access(self, access: Access) -> None:
         """One access of the core."""

@@ -55,11 +55,6 @@ class Kick:
         """Call ``target(notification value)``, for doorbells that are not mapped."""
         return cls(lib.GPV_KICK_CALL, target=target, value=value)
 
-    @classmethod
-    def none(cls) -> Kick:
-        """No notification at all: a device that polls."""
-        return cls(lib.GPV_KICK_NONE)
-
     def fill(self, kick: Any, index: int, ffi: Any = ffi, lib: Any = lib) -> object:
         """Write this kick to a ``struct gpv_kick`` of virtqueue ``index``.
 

@@ -1,7 +1,7 @@
 """The vhost-user protocol: messages with file descriptors on a UNIX stream socket.
 
-Both ends use this file. A request is a row of ``REQUESTS`` or ``BACKEND_REQUESTS``: what it carries, what
-answers it, how many descriptors travel with it. Numbers are in the machine's own byte order.
+Both ends use this file. A request is a row of ``REQUESTS``: what it carries, what answers it, how
+many descriptors travel with it. Numbers are in the machine's own byte order.
 """
 
 from __future__ import annotations
@@ -321,13 +321,6 @@ REQUESTS: Final[dict[Request, Exchange]] = {
     Request.SET_STATUS: Exchange(U64, needs=ProtocolFeature.STATUS),
     Request.GET_STATUS: Exchange(answers=U64, needs=ProtocolFeature.STATUS),
 }
-
-BACKEND_REQUESTS: Final[dict[BackendRequest, Exchange]] = {
-    BackendRequest.CONFIG_CHANGE_MSG: Exchange(),
-    BackendRequest.VRING_CALL: Exchange(VringState),
-    BackendRequest.VRING_ERR: Exchange(VringState),
-}
-
 
 HEADER: Final = struct.Struct("=III")
 

@@ -47,9 +47,7 @@ def main() -> int:
         if not file:
             continue
         where = report.machine()
-        told = ", ".join(
-            f"{name} {value}" for name, value in versions.items() if name not in ("priority", "payload")
-        )
+        told = ", ".join(f"{name} {value}" for name, value in versions.items() if name not in NO_VERSIONS)
         plot.write(file, f"tools/bench {arguments.name}", f"{where['cpu']}; {told}", rows, draw)
     if arguments.document:
         table.replace(arguments.document, arguments.name, rows)
