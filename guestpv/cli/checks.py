@@ -189,13 +189,32 @@ def ways(system: System) -> Check:
 def lockdown(system: System) -> Iterator[Check]:
     """The kernel's lockdown, where it is on: what loads VFIO's modules, and no more, depends on it."""
     level = re.search(r"\[(integrity|confidentiality)\]", _read("/sys/kernel/security/lockdown", system))
-    if level:
+    if not level:
+        return
+    told = f"lockdown={level[1]}: VFIO, also without an IOMMU, and page numbers work as ever, but a "
+    told += "module has to be signed by who built the kernel: VFIO's must be those of the kernel's package"
+    unsigned = [name for name in ("vfio", "vfio-pci") if _is_unsigned(name, system)]
+    if unsigned:
         yield Check(
             "kernel lockdown",
-            "ok",
-            f"lockdown={level[1]}: VFIO, also without an IOMMU, and page numbers work as ever, but a "
-            "module has to be signed by who built the kernel: VFIO's must be those of the kernel's package",
+            "fail",
+            f"{told}. Not signed, and not loaded yet: {' '.join(unsigned)}",
+            "put the modules of the kernel's own package back, or boot without lockdown=",
         )
+    else:
+        yield Check("kernel lockdown", "ok", told)
+
+
+def _is_unsigned(module: str, system: System) -> bool:
+    """Whether a module has yet to be loaded and has no signature."""
+    if system.exists(f"/sys/module/{module.replace('-', '_')}"):
+        return False
+    release = system.read_text("/proc/sys/kernel/osrelease")
+    if f"/{module}.ko" not in _read(f"/lib/modules/{release}/modules.dep", system):
+        return False
+    with suppress(OSError):
+        return system.run(["modinfo", "-F", "signer", module]) == (0, "")
+    return False
 
 
 def _read(path: str, system: System) -> str:

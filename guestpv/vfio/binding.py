@@ -32,6 +32,15 @@ DRIVERS: Final = "/sys/bus/pci/drivers"
 PROBE: Final = "/sys/bus/pci/drivers_probe"
 TIME_LIMIT: Final = 30.0
 """Seconds for a driver to be bound, or for a node to appear."""
+REFUSALS: Final = ("Operation not permitted", "Key was rejected")
+REFUSED_HINT: Final = (
+    "the kernel takes no such module: under Secure Boot or lockdown it has to be of the kernel's own package "
+    "(dmesg | grep -i -e lockdown -e module); in a container load it on the host"
+)
+MISSING_HINT: Final = (
+    "boot a kernel that has it (Debian: apt install linux-image-amd64), or build it with CONFIG_VFIO_PCI=m "
+    "and CONFIG_VFIO_IOMMU_TYPE1=m"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -254,11 +263,11 @@ def _load(address: str, module: str, sign: str, system: System) -> None:
     except OSError as error:
         status, output = 1, str(error)
     if status or not system.exists(sign):
+        refused = any(words in output for words in REFUSALS)
         raise GuestpvError(
             f"kernel module {module} cannot be loaded: {output or 'modprobe was silent'}",
             where=address,
-            hint="boot a kernel that has it (Debian: apt install linux-image-amd64), or build it with "
-            "CONFIG_VFIO_PCI=m and CONFIG_VFIO_IOMMU_TYPE1=m",
+            hint=REFUSED_HINT if refused else MISSING_HINT,
         )
 
 

@@ -109,7 +109,12 @@ def machine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
         undo.callback(lambda: vm.stop(failed=request.session.testsfailed > failed_before))
         vm.write_file("/tmp/bodies.py", Path(bodies.__file__).read_bytes())
         if iommu == "none":
-            vm.run("modprobe vfio enable_unsafe_noiommu_mode=1").check()
+            vm.run(
+                "modprobe vfio enable_unsafe_noiommu_mode=1 && modprobe -a vfio-pci vfio_iommu_type1"
+            ).check()
+            # What works locked down works without, too. Modules without a signature are loaded before.
+            vm.run("mount -t securityfs none /sys/kernel/security").check()
+            vm.run("echo confidentiality > /sys/kernel/security/lockdown").check()
             vm.run(f"echo 1 > /proc/sys/vm/compact_memory; sysctl -qw vm.nr_hugepages={HUGE_PAGES}").check()
         yield vm
 
@@ -353,6 +358,8 @@ class TestAmd(Translates):
 
 
 class TestNone(Ways):
+    """Under the strictest lockdown of the kernel."""
+
     iommu = "none"
     ways = ("noiommu",)
 
@@ -388,9 +395,12 @@ class TestNone(Ways):
         bound = machine.run(f"guestpv bind {net} --vfio-backend noiommu")
         assert (bound.status, f"warning: {RISK}" in bound.stderr) == (0, True), bound.stderr
         assert re.search(rf"{net} .* noiommu-\d+ ", machine.run("guestpv list").stdout)
+        info = machine.run(f"guestpv info {net}?backend=noiommu")
+        assert (info.status, info.stderr.count(RISK)) == (0, 1), info.stderr
         doctor = machine.run(["guestpv", "doctor", f"{net}?backend=noiommu"])
         assert doctor.status == 0, doctor.stdout
         assert re.search(rf"^warn +{net} net no-IOMMU mode ", doctor.stdout, re.MULTILINE)
+        assert re.search(r"^ok +kernel lockdown +lockdown=confidentiality", doctor.stdout, re.MULTILINE)
         give_back(machine, net)
 
     def test_what_is_missing(self, machine: Machine) -> None:

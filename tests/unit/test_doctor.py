@@ -379,8 +379,17 @@ def test_what_no_iommu_mode_needs(machine: Machine) -> None:
     assert {check.verdict for check in result.values()} == {"ok", "warn"}
 
 
-def test_lockdown_is_told(machine: Machine) -> None:
+def test_lockdown_is_told(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
     machine.files["/sys/kernel/security/lockdown"] = "[none] integrity confidentiality"
     assert "kernel lockdown" not in found(machine)
     machine.files["/sys/kernel/security/lockdown"] = "none [integrity] confidentiality"
     assert found(machine)["kernel lockdown"].text.startswith("lockdown=integrity: ")
+    machine.absent |= {"vfio", "vfio_pci"}
+    assert found(machine)["kernel lockdown"].verdict == "ok", "the kernel has no such module"
+    machine.files[f"/lib/modules/{RELEASE}/modules.dep"] = "a/vfio/vfio.ko:\na/vfio/pci/vfio-pci.ko.xz: x.ko"
+    signers = {"vfio": "Debian", "vfio-pci": "Debian"}
+    monkeypatch.setattr(machine, "run", lambda command: (0, signers[command[-1]]))
+    assert found(machine)["kernel lockdown"].verdict == "ok"
+    signers["vfio-pci"] = ""
+    check = found(machine)["kernel lockdown"]
+    assert (check.verdict, check.text.rpartition(": ")[2]) == ("fail", "vfio-pci")

@@ -136,6 +136,18 @@ def test_a_missing_module_is_named(kernel: FakeKernel, module: str) -> None:
     assert untouched(kernel)
 
 
+def test_a_module_that_a_locked_down_kernel_refuses(
+    kernel: FakeKernel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kernel.drivers.discard("vfio-pci")
+    said = "modprobe: ERROR: could not insert 'vfio': Operation not permitted"
+    monkeypatch.setattr(kernel, "run", lambda command: (1, said))
+    with pytest.raises(GuestpvError, match="could not insert") as caught:
+        bind(NET, system=kernel)
+    assert "lockdown" in caught.value.hint
+    assert untouched(kernel)
+
+
 def test_a_missing_modprobe_is_said(kernel: FakeKernel, monkeypatch: pytest.MonkeyPatch) -> None:
     kernel.drivers.discard("vfio-pci")
 
