@@ -73,7 +73,7 @@ def build(series: tuple[str, ...], refresh: bool) -> None:
         image.initramfs(source)
 
 
-@main.command()
+@main.command(short_help="Write a kernel and an initramfs that check devices.")
 @click.option(
     "--kernel", "series", type=click.Choice(list(kernels.SUITES)), default="6.12", show_default=True
 )
@@ -128,7 +128,7 @@ def run(
     sys.exit(_exit_status(result.status))
 
 
-@main.command()
+@main.command(short_help="Boot and give a prompt in the guest.")
 @machine_options
 @click.option("--timeout", type=click.FloatRange(min=0), default=0, show_default=True,
               help="Seconds until the virtual machine is killed; 0 is never.")  # fmt: skip
@@ -151,7 +151,7 @@ def shell(devices: tuple[str, ...], timeout: float, quiet: bool, **options: Any)
     sys.exit(_exit_status(status))
 
 
-@main.command()
+@main.command(short_help="Count what a packet and a block cost, driver by driver.")
 @click.option("--kernel", type=click.Choice(list(kernels.SUITES)), default="6.1", show_default=True)
 @click.option("--accel", type=click.Choice(["auto", "kvm", "tcg"]), default="auto", show_default=True)
 @click.option("--count", type=click.IntRange(1), default=500, show_default=True, help="Operations timed.")
@@ -214,7 +214,7 @@ def entry() -> None:
     # Unwind, so that the machine is ended and its files are removed.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
-        main.main(standalone_mode=True)
+        main.main(prog_name="tools/guest")
     except GuestTimeout as error:
         print(f"guest: {error}", file=sys.stderr)
         sys.exit(EXIT_TIME_LIMIT)

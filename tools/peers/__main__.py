@@ -36,4 +36,4 @@ def main(name: str, refresh: bool, program: str | None) -> None:
 
 
 if __name__ == "__main__":
-    main(prog_name="get-peers")
+    main(prog_name="tools/get-peers")
