@@ -104,7 +104,10 @@ def explain(error: Exception) -> GuestpvError:
         text = f"{error.strerror or error}" + (f" ({name})" if name else "")
         if isinstance(error, PermissionError):
             return AccessDenied(text, where=where, hint="run the command as root, or with sudo")
-        return GuestpvError(text, where=where, hint="run it again with -vv to see where it happened")
+        hint = "run it again with -vv to see where it happened"
+        if where and isinstance(error, FileNotFoundError):
+            hint = "check the path, and that its directory exists"
+        return GuestpvError(text, where=where, hint=hint)
     return GuestpvError(
         f"internal error: {type(error).__name__}: {error}",
         hint="this is a defect of guestpv: run it again with -vv and report what it prints",

@@ -312,7 +312,11 @@ class VfioUserServer:
             self._listener.bind(self.path)
             self._listener.listen()
         except OSError as error:
-            raise UsageError(f"cannot listen: {error.strerror or error}", where=self.name) from None
+            raise UsageError(
+                f"cannot listen: {error.strerror or error}",
+                where=self.name,
+                hint="check that the directory exists and may be written to",
+            ) from None
 
     def _replace(self) -> None:
         """Remove the socket of a server that is no more."""

@@ -119,7 +119,11 @@ class VhostUserServer:
             listener.listen()
         except OSError as error:
             listener.close()
-            raise UsageError(f"cannot listen: {error.strerror or error}", where=self.name) from None
+            raise UsageError(
+                f"cannot listen: {error.strerror or error}",
+                where=self.name,
+                hint="check that the directory exists and may be written to",
+            ) from None
         except BaseException:
             listener.close()
             raise

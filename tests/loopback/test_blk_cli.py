@@ -43,6 +43,13 @@ def run(*words: object, input: bytes | None = None) -> Result:
     return CliRunner().invoke(main, ["blk", *map(str, words)], input=input)
 
 
+def test_a_path_that_is_not_there_is_named_with_what_to_do() -> None:
+    said = run("read", "loopback:blk", "/no/such/file")
+    assert said.exit_code == 1
+    assert "/no/such/file: No such file or directory" in said.stderr
+    assert "check the path" in said.stderr
+
+
 def data(*words: object) -> Any:
     result = run(*words, "--json")
     assert result.exit_code == 0, result.output
