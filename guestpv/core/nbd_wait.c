@@ -15,11 +15,11 @@ enum {
 /* A client that keeps 32 requests open brings them one by one, as answers reach it; told of each, the device would be
  * notified 32 times. So some are gathered. The device does not know of them until then (2.7.13, 2.8), so nothing lacks its
  * notification. A device that has less than half of them waits for the client anyway, and gets half of them at once. One
- * that has more is what the client waits for: only an eighth is kept from it. */
+ * that has more is what the client waits for: no more than a quarter is kept from it. */
 static uint32_t enough(const struct gpv_nbd *e)
 {
     uint32_t with_device = e->busy > e->added ? e->busy - e->added : 0;
-    return with_device * 2 < e->depth ? (e->depth + 1) / 2 : e->depth / 8;
+    return with_device * 2 < e->depth ? (e->depth + 1) / 2 : e->depth / 4;
 }
 
 int gpv_nbd_gather(struct gpv_nbd *e)

@@ -256,21 +256,21 @@ def test_an_idle_device_gets_half_of_a_clients_requests_at_once(make: Make, pack
     finish(bench, hoard, 4)
 
 
-def test_from_a_busy_device_an_eighth_is_kept_at_most(make: Make) -> None:
+def test_from_a_busy_device_a_quarter_is_kept_at_most(make: Make) -> None:
     bench, hoard = busy(make, 24)
-    trickle(bench, 2)
+    trickle(bench, 6)
     assert (len(hoard), bench.export.counters()["kicks"]) == (24, 1)
     trickle(bench, 1)
-    until(partial(holds, hoard, 27))
-    finish(bench, hoard, 27)
+    until(partial(holds, hoard, 31))
+    finish(bench, hoard, 31)
 
 
 def test_of_few_none_waits_for_a_busy_device(make: Make) -> None:
     bench, hoard = busy(make, 1)
-    for number in range(2, 9):
+    for number in range(2, 8):
         trickle(bench, 1)
         until(partial(holds, hoard, number))
-    finish(bench, hoard, 8)
+    finish(bench, hoard, 7)
 
 
 @pytest.mark.parametrize("spin_us", [0, 20_000])
