@@ -93,7 +93,8 @@ def test_shapes_that_make_no_sense(capacity: int, elements: int, writable_from: 
 def test_no_python_object_is_made_per_buffer(base: int) -> None:
     """Bytecodes and C calls of a turn do not depend on the size of the burst."""
     calls: dict[int, list[str]] = {}
-    for count in (1, 128):
+    # The first turn of a process also fills the interpreter's own caches.
+    for count in (1, 1, 128, 128):
         b = bench(base, 256)
         burst = prepared(b, count)
         b.queue.device["flags"] = 1
@@ -107,6 +108,8 @@ def test_no_python_object_is_made_per_buffer(base: int) -> None:
         burst.submit(count)
         burst.reap()
         sys.setprofile(None)
-        assert sys.getallocatedblocks() - before < 64
+        made = sys.getallocatedblocks() - before
+        if count in calls:
+            assert made < 64
         calls[count] = seen
     assert calls[1] == calls[128]
