@@ -41,7 +41,7 @@ REQUEST_PAGES = 1024
 REQUESTS = 8
 """Requests on their way at a time."""
 ANSWER_LIMIT = 30.0
-LOOK = 0.5
+LOOK = 0.25
 """Seconds between looks at the device's status while an answer is awaited."""
 
 

@@ -7,9 +7,9 @@ from typing import Final
 
 from ..transport.base import Transport
 
-LOOK: Final = 0.5
+LOOK: Final = 0.25
 """Seconds between looks at ``device_status``. A function that vanishes, or that somebody else resets, sends
-no interrupt; two register reads a second cost nothing."""
+no interrupt; four register reads a second cost nothing."""
 
 
 class Health:
