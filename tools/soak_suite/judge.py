@@ -12,7 +12,7 @@ GROWTH: Final = {
     # Python's own memory comes and goes in mappings; those of a device's registers do not.
     "mappings": 16,
     "device_mappings": 0,
-    "resident_kib": 6144,
+    "resident_kib": 2048,
     "pinned_kib": 0,
 }
 """How much more than after warming up a process may hold at the end."""

@@ -45,7 +45,10 @@ class Outcome:
         problems: what must not be; empty when all is well.
         latencies: medians in ms by kind and quarter.
         processes: what each service's process held after warming up and at the end.
+        resident: KiB of memory that the processes of `net up` and `blk up` had at each audit; that of
+            `balloon up` has what is in the balloon.
         restarted: seconds from a break until it was seen, and until the device went on: median and longest.
+        lost: connections of the echo's client that were lost or not made, by what was going on and why.
         reasons: what the services gave as reasons for their restarts, and how often.
         seconds: how long it took.
         seed: where the random choices came from.
@@ -55,14 +58,21 @@ class Outcome:
     problems: list[str] = field(default_factory=list)
     latencies: dict[str, list[float]] = field(default_factory=dict)
     processes: dict[str, dict[str, Any]] = field(default_factory=dict)
+    resident: dict[str, list[int]] = field(default_factory=dict)
     restarted: dict[str, list[float]] = field(default_factory=dict)
+    lost: dict[str, int] = field(default_factory=dict)
     reasons: dict[str, int] = field(default_factory=dict)
     seconds: float = 0.0
     seed: int = 0
 
     def count(self, name: str, by: int = 1) -> None:
         """Something was done, or happened."""
-        self.events[name] = self.events.get(name, 0) + by
+        add(self.events, name, by)
+
+
+def add(counts: dict[str, int], name: str, by: int = 1) -> None:
+    """Count."""
+    counts[name] = counts.get(name, 0) + by
 
 
 class Soak:
@@ -90,6 +100,7 @@ class Soak:
         self.outcome, self._say = Outcome(seed=seed), say
         self.choose = random.Random(seed)
         self._packed = packed
+        self.doing = "start over"
         self._took: dict[str, list[float]] = {}
         self._dealt: dict[tuple[Any, ...], list[Any]] = {}
         prefix = stack.enter_context(network.own_network())
@@ -125,6 +136,9 @@ class Soak:
         self.vm.run(
             "sysctl -qw net.ipv6.conf.all.disable_ipv6=1 net.ipv6.conf.default.disable_ipv6=1"
         ).check()
+        # Else the kernel makes huge pages of a heap that has holes, and a process that touched nothing more
+        # has up to 2 MiB more resident for each. The balloon asks for those that it wants.
+        self.vm.run("echo madvise > /sys/kernel/mm/transparent_hugepage/enabled").check()
         self.vm.write_file("/tmp/breakable.py", programs.BREAKABLE.encode())
         self.pinned_before = self.pinned()
         for service in SERVICES:
@@ -153,7 +167,9 @@ class Soak:
             *lines, rest = (rest + data).split(b"\n")
             for line in lines:
                 word = json.loads(line)
-                self.lines[name].append(word | {"at": time.monotonic()})
+                self.lines[name].append(word)
+                if "lost" in word:
+                    add(self.outcome.lost, f"{self.doing}: {word['lost']}")
 
         return self.vm.spawn(command, on_output=take)
 
@@ -202,8 +218,7 @@ class Soak:
             self.outcome.restarted[what] = [round(statistics.median(took), 3), round(max(took), 3)]
         self.outcome.count("breaks seen within a second", int(mended["seen"] < 1))
         self.outcome.count(f"{service}: {'malformed rings' if malformed else 'resets from outside'}")
-        reason = mended["reason"]
-        self.outcome.reasons[reason] = self.outcome.reasons.get(reason, 0) + 1
+        add(self.outcome.reasons, mended["reason"])
 
     def start_over(self) -> None:
         """Down, and up again in a new process; the disk's load rests meanwhile."""
@@ -301,6 +316,8 @@ class Soak:
             most = queue["rx_size"] if way == "rx" else 1
             if queue[f"{way}_outstanding"] > most:
                 self.outcome.problems.append(f"{queue[f'{way}_outstanding']} {way} buffers in flight at rest")
+        for service in ("net", "blk"):
+            self.outcome.resident.setdefault(service, []).append(status[service]["process"]["resident_kib"])
         self.outcome.count("audits")
         self._say(f"audited: {last}")
 
@@ -377,7 +394,8 @@ def soak(
                 one.go_on()
                 del doings["start over"]
                 turns = len(cards(doings, events))
-            doings[one.deal(*cards(doings, events))]()
+            one.doing = one.deal(*cards(doings, events))
+            doings[one.doing]()
             turns -= 1
             time.sleep(choose.uniform(0.2, 2.5))
             look(one, say)
