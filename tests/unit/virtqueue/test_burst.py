@@ -93,23 +93,24 @@ def test_shapes_that_make_no_sense(capacity: int, elements: int, writable_from: 
 def test_no_python_object_is_made_per_buffer(base: int) -> None:
     """Bytecodes and C calls of a turn do not depend on the size of the burst."""
     calls: dict[int, list[str]] = {}
-    # The first turn of a process also fills the interpreter's own caches.
-    for count in (1, 1, 128, 128):
-        b = bench(base, 256)
-        burst = prepared(b, count)
-        b.queue.device["flags"] = 1
-        seen: list[str] = []
+    for count in (1, 128):
+        made = []
+        # The interpreter fills its caches in a first turn, and other threads of it may be at work in any.
+        for _ in range(5):
+            b = bench(base, 256)
+            burst = prepared(b, count)
+            b.queue.device["flags"] = 1
+            seen: list[str] = []
 
-        def profile(frame: object, event: str, argument: object, seen: list[str] = seen) -> None:
-            seen.append(event)
+            def profile(frame: object, event: str, argument: object, seen: list[str] = seen) -> None:
+                seen.append(event)
 
-        before = sys.getallocatedblocks()
-        sys.setprofile(profile)
-        burst.submit(count)
-        burst.reap()
-        sys.setprofile(None)
-        made = sys.getallocatedblocks() - before
-        if count in calls:
-            assert made < 64
-        calls[count] = seen
+            before = sys.getallocatedblocks()
+            sys.setprofile(profile)
+            burst.submit(count)
+            burst.reap()
+            sys.setprofile(None)
+            made.append(sys.getallocatedblocks() - before)
+            calls[count] = seen
+        assert min(made) < 64
     assert calls[1] == calls[128]
