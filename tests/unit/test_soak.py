@@ -41,3 +41,9 @@ def test_latency() -> None:
         "talk: latency went from 3.0 to 12.0 ms"
     ]
     assert judge.slower("talk", [1.0, 1.0, 1.0, 100.0]) == [], "too few to tell"
+
+
+def test_breaks_that_are_seen_late() -> None:
+    assert judge.late([]) == []
+    assert judge.late([0.1, 1.0, 7.0]) == []
+    assert judge.late([0.1, 1.5, 1.5]) == ["a break was seen after 1.50 s in the median"]

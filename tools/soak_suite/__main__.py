@@ -13,11 +13,13 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
+from guestvm import LabError
+
 from .run import soak
 
 
 def main() -> int:
-    """0: nothing was lost and nothing grew; 1: something did, and is named."""
+    """0: nothing was lost, nothing grew, breaks were seen in time; 1: what went wrong is named."""
     parser = argparse.ArgumentParser(
         prog="tools/soak", description="Load and bad luck; see docs/reliability.md."
     )
@@ -36,7 +38,11 @@ def main() -> int:
     seed = random.randrange(1 << 32) if arguments.seed is None else arguments.seed
     say(f"seed {seed}")
     with tempfile.TemporaryDirectory(prefix="guestpv-soak-") as directory:
-        outcome = soak(arguments.minutes, arguments.kernel, arguments.packed, Path(directory), say, seed)
+        try:
+            outcome = soak(arguments.minutes, arguments.kernel, arguments.packed, Path(directory), say, seed)
+        except LabError as error:
+            print(f"tools/soak: {error}", file=sys.stderr)
+            return 1
     report = {
         "machine": {"processors": os.cpu_count(), "load": os.getloadavg()[0], "kernel": platform.release()},
         "guest": {"kernel": arguments.kernel, "rings": "packed" if arguments.packed else "split"},

@@ -18,6 +18,8 @@ GROWTH: Final = {
 """How much more than after warming up a process may hold at the end."""
 SLOWER: Final = 3.0
 """The last quarter's median latency over that of the first, at most: the host has other work, too."""
+SEEN: Final = 1.0
+"""Seconds within which a break is to be seen, in the median: a host may be busy with something else once."""
 ENOUGH: Final = 40
 """So many values make quarters that can be compared."""
 
@@ -55,3 +57,10 @@ def slower(name: str, values: Sequence[float]) -> list[str]:
     if len(values) < ENOUGH or medians[-1] <= SLOWER * medians[0]:
         return []
     return [f"{name}: latency went from {medians[0]} to {medians[-1]} ms"]
+
+
+def late(seconds: Sequence[float]) -> list[str]:
+    """Whether breaks of a device, each seen after so many seconds, were seen too late."""
+    if not seconds or (median := statistics.median(seconds)) <= SEEN:
+        return []
+    return [f"a break was seen after {median:.2f} s in the median"]

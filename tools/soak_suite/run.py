@@ -101,7 +101,7 @@ class Soak:
         self.choose = random.Random(seed)
         self._packed = packed
         self.doing = "start over"
-        self._took: dict[str, list[float]] = {}
+        self.took: dict[str, list[float]] = {}
         self._dealt: dict[tuple[Any, ...], list[Any]] = {}
         prefix = stack.enter_context(network.own_network())
         tap = network.add_tap("tap0", 0)
@@ -213,10 +213,10 @@ class Soak:
             return
         mended = json.loads(done.stdout)
         for what in ("seen", "mended"):
-            self._took.setdefault(what, []).append(mended[what])
-            took = self._took[what]
+            self.took.setdefault(what, []).append(mended[what])
+            took = self.took[what]
             self.outcome.restarted[what] = [round(statistics.median(took), 3), round(max(took), 3)]
-        self.outcome.count("breaks seen within a second", int(mended["seen"] < 1))
+        self.outcome.count("breaks seen within a second", int(mended["seen"] <= judge.SEEN))
         self.outcome.count(f"{service}: {'malformed rings' if malformed else 'resets from outside'}")
         add(self.outcome.reasons, mended["reason"])
 
@@ -448,6 +448,8 @@ def finish(one: Soak, baseline: dict[str, Any], started: float, timed: bool) -> 
         outcome.latencies[name] = judge.quarters(values)
         if timed:
             outcome.problems += judge.slower(name, values)
+    if timed:
+        outcome.problems += judge.late(one.took.get("seen", []))
     talk = one.lines["talk"]
     outcome.count("echoes", max((line.get("rounds", 0) for line in talk), default=0))
     outcome.count("connections lost", sum("lost" in line for line in talk))
