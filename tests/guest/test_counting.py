@@ -130,7 +130,7 @@ def test_a_lone_echo_is_one_register_access(
     """Exactly, and never more. On a machine so busy that the answer finds the driver awake, less is right."""
     costs = [
         (
-            # The look at device_status, twice a second, belongs to no echo.
+            # The look at device_status, four times a second, belongs to no echo.
             echo.accesses("virtio-pci-") - echo.reads["virtio-pci-common-virtio-net"],
             echo.writes["virtio-pci-notify-virtio-net"],
             echo.events["virtio_notify virtio-net"],

@@ -37,7 +37,7 @@ from .test_blk_nbd import Client
 
 LIMIT = 30.0
 LOOK = 0.01
-"""Seconds between two looks at a device; users have half a second."""
+"""Seconds between two looks at a device; users have a quarter of a second."""
 ETH_P_TEST = 0x88B5
 LOCAL = bytes.fromhex("525400000001")
 OURS = bytes.fromhex("0200000000aa")
